@@ -1,0 +1,1 @@
+"""Floor 0: types, dtype promotion, logical axis names, initialisers and safe mathematics."""

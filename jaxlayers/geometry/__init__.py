@@ -1,0 +1,1 @@
+"""Floor 1: groups, frames and decompositions as pure functions."""

@@ -1,0 +1,1 @@
+"""Floor 2: Linen blocks that two or more families use."""

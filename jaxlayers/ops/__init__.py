@@ -1,0 +1,1 @@
+"""Floor 1: array operations without parameters: windows, patches, resampling."""

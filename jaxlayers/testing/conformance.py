@@ -1,0 +1,394 @@
+"""The conformance suite: what every layer is held to, as one `Case` and nine checks.
+
+A test file lists `CASES`; a single parametrised test runs `CHECKS` on each. Users run the same checks on their own
+Linen modules:
+
+    case = Case(name="mine", module=MyLayer(features=8), inputs=lambda rng: (rng.normal(size=(2, 5, 8)),))
+    check_transformations(case)
+"""
+
+import dataclasses
+import functools
+import importlib
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import chex
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxlayers.core import axes
+from jaxlayers.testing.symmetry import Symmetry
+
+Inputs = Callable[[np.random.Generator], tuple[Any, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class BadInput:
+    """A wrong use of a layer that must raise `ValueError`.
+
+    Attributes:
+      match: regular expression found in the message.
+      module: the module, wrongly set up; `None` takes the case's own.
+      inputs: the inputs, wrongly made; `None` takes the case's own.
+    """
+
+    match: str
+    module: nn.Module | None = None
+    inputs: Inputs | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Case:
+    """A small instance of a layer, with what it claims.
+
+    Attributes:
+      name: unique among all cases; names the stored parameter tree.
+      module: an unbound Linen module, as small as shows all its parts.
+      inputs: makes the positional inputs from a NumPy generator; floating ones are cast to the dtype under test.
+      symmetries: the symmetries it claims, each with its negative control.
+      keywords: static keyword arguments of the call.
+      batched: axis 0 of every input and output is a batch, whose elements do not influence each other.
+      leading_axes: any number of leading axes may stand before the others.
+      zero_gradients: regular expressions on parameter paths (`block/key/bias`) whose gradient is zero by
+        construction, each with the reason.
+      bfloat16_tolerance: error of bfloat16 compute, relative to the largest output.
+      sharded_tolerance: error of sharded against unsharded, relative to the largest output.
+      bad_inputs: wrong uses, each with the message it must raise.
+      tpu: why the TPU compiler cannot take it; empty when it can.
+    """
+
+    name: str
+    module: nn.Module
+    inputs: Inputs
+    symmetries: tuple[Symmetry, ...] = ()
+    keywords: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    batched: bool = True
+    leading_axes: bool = False
+    zero_gradients: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    bfloat16_tolerance: float = 5e-2
+    sharded_tolerance: float = 1e-5
+    bad_inputs: tuple[BadInput, ...] = ()
+    tpu: str = ""
+
+    def make_inputs(self, dtype: Any = np.float32, *, seed: int = 0) -> tuple[Any, ...]:
+        """Return the inputs with their floating leaves in `dtype`."""
+        return jax.tree.map(functools.partial(_cast, dtype=dtype), self.inputs(np.random.default_rng(seed)))
+
+    def apply(self, variables: Any, *inputs: Any, module: nn.Module | None = None) -> Any:
+        """Return the output of the case's module (or of a copy of it)."""
+        return (module or self.module).apply(variables, *inputs, **self.keywords)
+
+    @functools.cached_property
+    def variables(self) -> Any:
+        """The variables of the module, moved off their initial values so that no zero or one hides a part."""
+        # A jitted initialiser compiles once instead of once an operation.
+        initialise = jax.jit(lambda key, inputs: self.module.init(key, *inputs, **self.keywords))
+        variables = initialise(jax.random.key(0), self.make_inputs())
+        rng = np.random.default_rng(1)
+
+        def move(leaf):
+            if not jnp.issubdtype(leaf.dtype, jnp.floating):
+                return leaf
+            return leaf + jnp.asarray(0.1 * rng.normal(size=leaf.shape), leaf.dtype)
+
+        return {**variables, "params": jax.tree.map(move, variables.get("params", {}))}
+
+    @functools.cached_property
+    def output(self) -> Any:
+        """The float32 output under `jit`."""
+        return jax.jit(self.apply)(self.variables, *self.make_inputs())
+
+
+# 1 ----------------------------------------------------------------------------------------------------------------
+
+
+def parameter_tree(case: Case) -> str:
+    """Return names, shapes and dtypes of the case's variables as text, from shapes alone."""
+    variables = jax.eval_shape(
+        lambda *inputs: case.module.init(jax.random.key(0), *inputs, **case.keywords), *case.make_inputs()
+    )
+    flat = flax.traverse_util.flatten_dict(variables, sep="/")
+    lines = [f"{path} {'x'.join(map(str, leaf.shape)) or 'scalar'} {leaf.dtype}" for path, leaf in flat.items()]
+    return "\n".join(sorted(lines)) + "\n"
+
+
+def check_parameters(case: Case, stored: str) -> None:
+    """Check that the parameter tree, which is the checkpoint contract, is the stored one, and that it can be made."""
+    found = parameter_tree(case)
+    if found != stored:
+        gone = sorted(set(stored.splitlines()) - set(found.splitlines()))
+        new = sorted(set(found.splitlines()) - set(stored.splitlines()))
+        raise AssertionError(f"{case.name}: the parameter tree changed; gone {gone}; new {new}")
+    _assert_finite(case.output, f"{case.name}: output")
+
+
+# 2 ----------------------------------------------------------------------------------------------------------------
+
+
+def check_transformations(case: Case) -> None:
+    """Check that jit equals no jit, `vmap` equals the batch, and that leading axes fold into the batch."""
+    inputs = case.make_inputs()
+    _assert_close(case.apply(case.variables, *inputs), case.output, 1e-5, f"{case.name}: eager against jit")
+    if case.batched:
+
+        def single(*inputs):
+            output = case.apply(case.variables, *jax.tree.map(lambda leaf: leaf[None], inputs))
+            return jax.tree.map(lambda leaf: leaf[0], output)
+
+        _assert_close(jax.jit(jax.vmap(single))(*inputs), case.output, 1e-5, f"{case.name}: vmap against batch")
+    if case.leading_axes:
+        stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf[::-1]]), inputs)
+        expected = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf[::-1]]), case.output)
+        found = jax.jit(case.apply)(case.variables, *stacked)
+        _assert_close(found, expected, 1e-5, f"{case.name}: one more leading axis")
+
+
+# 3 ----------------------------------------------------------------------------------------------------------------
+
+
+def check_gradients(case: Case) -> None:
+    """Check that every parameter gets a finite gradient, non-zero unless the case says why not."""
+    gradients = jax.jit(jax.grad(functools.partial(_projection, case)))(case.variables["params"], case.make_inputs())
+    _assert_finite(gradients, f"{case.name}: gradient")
+    sizes = {
+        path: float(jnp.max(jnp.abs(leaf)))
+        for path, leaf in flax.traverse_util.flatten_dict(gradients, sep="/").items()
+    }
+    floor = 1e-6 * max(sizes.values(), default=0.0)
+    for path, size in sizes.items():
+        excused = [pattern for pattern in case.zero_gradients if re.search(pattern, path)]
+        if not excused and size <= floor:
+            raise AssertionError(f"{case.name}: parameter {path} gets no gradient ({size:.1e} against {floor:.1e})")
+        if excused and size > floor:
+            raise AssertionError(f"{case.name}: {path} is declared to get no gradient but gets {size:.1e}")
+
+
+# 4 ----------------------------------------------------------------------------------------------------------------
+
+
+def check_dtypes(case: Case) -> None:
+    """Check bfloat16 compute (finite, near float32, parameters stay float32) and that float64 runs through."""
+    half = with_dtype(case.module, jnp.bfloat16)
+    inputs = case.make_inputs(jnp.bfloat16)
+    initialise = functools.partial(half.init, **case.keywords)
+    for leaf in jax.tree.leaves(jax.eval_shape(initialise, jax.random.key(0), *inputs)):
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype != jnp.float32:
+            raise AssertionError(f"{case.name}: bfloat16 compute must keep float32 parameters; found {leaf.dtype}")
+    found = jax.jit(functools.partial(case.apply, module=half))(case.variables, *inputs)
+    _assert_finite(found, f"{case.name}: bfloat16 output")
+    _assert_close(found, case.output, case.bfloat16_tolerance, f"{case.name}: bfloat16 against float32")
+    with jax.enable_x64(True):
+        found = jax.jit(case.apply)(case.variables, *case.make_inputs(np.float64))
+        for leaf in jax.tree.leaves(found):
+            if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype != jnp.float64:
+                raise AssertionError(f"{case.name}: float64 inputs gave {leaf.dtype}; something casts down inside")
+        _assert_close(found, case.output, 1e-3, f"{case.name}: float64 against float32")
+
+
+# 5 ----------------------------------------------------------------------------------------------------------------
+
+
+def check_symmetries(case: Case) -> None:
+    """Check each claimed symmetry in float32 and float64, and that its negative control fails."""
+    for symmetry in case.symmetries:
+        apply = jax.jit(functools.partial(case.apply, case.variables))
+        symmetry.check(apply, case.make_inputs(), tolerance=symmetry.tolerance)
+        symmetry.check_control(apply, case.make_inputs())
+        with jax.enable_x64(True):
+            # A function of its own: the cache of the first one holds float32 programs.
+            precise = jax.jit(functools.partial(case.apply, case.variables))
+            symmetry.check(precise, case.make_inputs(np.float64), tolerance=symmetry.tolerance64)
+
+
+# 6 ----------------------------------------------------------------------------------------------------------------
+
+_RULES = ((axes.BATCH, "data"), (axes.HIDDEN, "tensor"), (axes.HEADS, "tensor"))
+
+
+def check_sharding(case: Case) -> None:
+    """Check that output and gradient on a mesh of 4 x 2 devices equal the unsharded ones, and how they lie on it."""
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    inputs = case.make_inputs()
+    if case.batched:
+        inputs = jax.tree.map(lambda leaf: np.concatenate([leaf] * 4), inputs)
+
+    def step(params, inputs):
+        variables = {**case.variables, "params": params}
+        return case.apply(variables, *inputs), jax.grad(functools.partial(_projection, case))(params, inputs)
+
+    expected = jax.jit(step)(case.variables["params"], inputs)
+
+    def place(leaf, spec):
+        return jax.device_put(leaf, NamedSharding(mesh, spec))
+
+    def split_last(leaf):
+        even = leaf.ndim > 0 and leaf.shape[-1] % 2 == 0
+        return place(leaf, PartitionSpec(*(None,) * (leaf.ndim - 1), "tensor") if even else PartitionSpec())
+
+    params = jax.tree.map(split_last, case.variables["params"])
+    batch_spec = PartitionSpec("data") if case.batched else PartitionSpec()
+    with jax.set_mesh(mesh), nn.logical_axis_rules(_RULES):
+        found = jax.jit(step)(params, jax.tree.map(lambda leaf: place(leaf, batch_spec), inputs))
+    what = f"{case.name}: sharded against unsharded"
+    _assert_close(found[0], expected[0], case.sharded_tolerance, what)
+    _assert_close(found[1], expected[1], 10 * case.sharded_tolerance, f"{what}, gradient")
+    if case.batched:
+        for leaf in jax.tree.leaves(found[0]):
+            spec = leaf.sharding.spec
+            if not len(spec) or "data" not in np.ravel(spec[0]):
+                raise AssertionError(f"{case.name}: the output's batch must stay split over 'data'; it has {spec}")
+
+
+# 7 ----------------------------------------------------------------------------------------------------------------
+
+
+def check_round_trips(case: Case, folder: Path) -> None:
+    """Check that Orbax, safetensors and NNX each give back the same parameters and output."""
+    # Needed here only: users of the symmetry assertions need neither package.
+    ocp = importlib.import_module("orbax.checkpoint")
+    safetensors = importlib.import_module("safetensors.numpy")
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / "orbax", case.variables)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(folder / "orbax", jax.tree.map(_abstract, case.variables))
+    chex.assert_trees_all_equal(restored, case.variables)
+
+    flat = flax.traverse_util.flatten_dict(jax.device_get(case.variables), sep="/")
+    # safetensors writes the memory as it lies: a transposed view would be scrambled.
+    safetensors.save_file({path: np.ascontiguousarray(leaf) for path, leaf in flat.items()}, folder / "weights")
+    loaded = flax.traverse_util.unflatten_dict(safetensors.load_file(folder / "weights"), sep="/")
+    chex.assert_trees_all_equal(loaded, flax.traverse_util.unflatten_dict(flat, sep="/"))
+
+    inputs = case.make_inputs()
+    bridged = nnx.bridge.ToNNX(case.module, rngs=nnx.Rngs(0))
+    bridged.lazy_init(*inputs, **case.keywords)
+    params = nnx.to_pure_dict(nnx.state(bridged, nnx.Param))
+    variables = {**case.variables, "params": params} if params else case.variables
+    expected = jax.jit(case.apply)(variables, *inputs)
+    _assert_close(bridged(*inputs, **case.keywords), expected, 1e-5, f"{case.name}: NNX against Linen")
+
+
+# 8 ----------------------------------------------------------------------------------------------------------------
+
+
+def check_bad_inputs(case: Case) -> None:
+    """Check that every declared wrong use raises the stated `ValueError`, before anything is computed."""
+    if not case.bad_inputs:
+        raise AssertionError(f"{case.name}: a case must declare at least one wrong use")
+    enforced = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        for bad in case.bad_inputs:
+            _check_bad_input(case, bad)
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", enforced)
+
+
+def _check_bad_input(case: Case, bad: BadInput) -> None:
+    module = bad.module or case.module
+    inputs = (bad.inputs or case.inputs)(np.random.default_rng(0))
+    inputs = jax.tree.map(functools.partial(_cast, dtype=np.float32), inputs)
+    try:
+        jax.eval_shape(lambda *args: module.init(jax.random.key(0), *args, **case.keywords), *inputs)
+    except ValueError as error:
+        if not re.search(bad.match, str(error)):
+            raise AssertionError(f"{case.name}: expected a message like {bad.match!r}; got {error}") from error
+        return
+    except Exception as error:
+        raise AssertionError(f"{case.name}: expected ValueError {bad.match!r}; got {type(error).__name__}") from error
+    raise AssertionError(f"{case.name}: a wrong use was accepted; expected ValueError like {bad.match!r}")
+
+
+# 9 ----------------------------------------------------------------------------------------------------------------
+
+
+def check_tpu_lowering(case: Case) -> None:
+    """Check that the forward and backward pass lower to a TPU program (no TPU software is needed for that)."""
+    _expect_tpu(case, lambda step, args: jax.export.export(jax.jit(step), platforms=["tpu"])(*args))
+
+
+def check_tpu_compilation(case: Case, topology: str = "v5e:2x2") -> None:
+    """Check that the forward and backward pass compile ahead of time for one TPU chip (needs libtpu)."""
+    topologies = importlib.import_module("jax.experimental.topologies")
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    sharding = jax.sharding.SingleDeviceSharding(devices[0])
+
+    def compile_step(step, args):
+        jax.jit(step, in_shardings=sharding, out_shardings=sharding).lower(*args).compile()
+
+    _expect_tpu(case, compile_step)
+
+
+def _expect_tpu(case: Case, build: Callable[[Any, Any], Any]) -> None:
+    def step(params, inputs):
+        return jax.value_and_grad(functools.partial(_projection, case))(params, inputs)
+
+    arguments = jax.tree.map(_abstract, (case.variables["params"], case.make_inputs()))
+    try:
+        build(step, arguments)
+    except Exception as error:
+        if not case.tpu:
+            raise AssertionError(f"{case.name}: does not compile for TPU: {error}") from error
+        return
+    if case.tpu:
+        raise AssertionError(f"{case.name}: is declared not to compile for TPU ({case.tpu}) but does")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def with_dtype(module: nn.Module, dtype: Any) -> nn.Module:
+    """Return a copy of `module` whose compute dtype, and that of every module among its fields, is `dtype`."""
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(module):
+        value = getattr(module, field.name, None)
+        if field.name == "dtype":
+            changes["dtype"] = dtype
+        elif isinstance(value, nn.Module) and field.name != "parent":
+            changes[field.name] = with_dtype(value, dtype)
+    return module.clone(**changes) if changes else module
+
+
+def _projection(case: Case, params: Any, inputs: Any) -> jax.Array:
+    """Return the sum of the output's floating leaves, each entry weighted by a fixed random number."""
+    output = case.apply({**case.variables, "params": params}, *inputs)
+    rng = np.random.default_rng(2)
+    leaves = [leaf for leaf in jax.tree.leaves(output) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    total = jnp.zeros(())
+    for leaf in leaves:
+        total = total + jnp.sum(leaf.astype(jnp.float32) * rng.normal(size=leaf.shape).astype(np.float32))
+    return total
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+def _cast(leaf: Any, dtype: Any) -> Any:
+    leaf = np.asarray(leaf)
+    return jnp.asarray(leaf, dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.asarray(leaf)
+
+
+def _assert_finite(tree: Any, what: str) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not bool(jnp.all(jnp.isfinite(leaf))):
+            raise AssertionError(f"{what}{jax.tree_util.keystr(path)} is not finite")
+
+
+def _assert_close(found: Any, expected: Any, tolerance: float, what: str) -> None:
+    """Compare two trees; the tolerance is relative to the largest entry of each expected leaf."""
+    found, expected = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (found, expected))
+    chex.assert_trees_all_equal_shapes(found, expected)
+    scales = jax.tree.map(lambda leaf: max(float(np.max(np.abs(leaf), initial=0.0)), 1e-6), expected)
+    scaled = [jax.tree.map(np.divide, tree, scales) for tree in (found, expected)]
+    chex.assert_trees_all_close(*scaled, rtol=0.0, atol=tolerance, custom_message=what)

@@ -1,0 +1,97 @@
+"""Every case of every layer, held to the same nine checks."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxlayers.testing import conformance
+
+HERE = Path(__file__).parent
+GOLDEN = HERE / "golden" / "parameters"
+
+
+def load(path):
+    """Import a test file by its place, under the name pytest gives it."""
+    name = ".".join(path.relative_to(HERE.parent).with_suffix("").parts)
+    if name not in sys.modules:
+        specification = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(specification)
+        sys.modules[name] = module
+        specification.loader.exec_module(module)
+    return sys.modules[name]
+
+
+def collect_cases():
+    files = [path for path in sorted(HERE.glob("*/*_test.py")) if path.parent.name != "parity"]
+    files = [path for path in files if "\nCASES" in path.read_text()]
+    return [case for path in files for case in load(path).CASES]
+
+
+CASES = collect_cases()
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def test_case_names_are_unique():
+    names = [case.name for case in CASES]
+    assert len(names) == len(set(names))
+
+
+@every_case
+def test_parameter_tree_is_the_stored_one(case, request):
+    stored = GOLDEN / f"{case.name}.txt"
+    if request.config.getoption("--regenerate-golden"):
+        stored.parent.mkdir(exist_ok=True)
+        stored.write_text(conformance.parameter_tree(case))
+    assert stored.exists(), f"no stored tree for {case.name}; run `make golden` and read the difference"
+    conformance.check_parameters(case, stored.read_text())
+
+
+@every_case
+def test_jit_vmap_and_leading_axes_change_nothing(case):
+    conformance.check_transformations(case)
+
+
+@every_case
+def test_every_parameter_gets_a_gradient(case):
+    conformance.check_gradients(case)
+
+
+@every_case
+def test_bfloat16_and_float64_run(case):
+    conformance.check_dtypes(case)
+
+
+@every_case
+def test_declared_symmetries_hold_and_their_controls_fail(case):
+    conformance.check_symmetries(case)
+
+
+@every_case
+def test_sharded_equals_unsharded(case):
+    conformance.check_sharding(case)
+
+
+@every_case
+def test_round_trips_give_back_the_parameters(case, tmp_path):
+    conformance.check_round_trips(case, tmp_path)
+
+
+@every_case
+def test_wrong_uses_raise_the_stated_error(case):
+    conformance.check_bad_inputs(case)
+
+
+@every_case
+def test_lowers_for_tpu(case):
+    conformance.check_tpu_lowering(case)
+
+
+@pytest.mark.tpu
+@every_case
+def test_compiles_for_tpu(case):
+    pytest.importorskip("libtpu")
+    assert "TPU_WORKER_HOSTNAMES" in os.environ, "run `make test-tpu`: libtpu needs its environment"
+    conformance.check_tpu_compilation(case)
