@@ -143,14 +143,14 @@ def _macs(jaxpr: Jaxpr, outer: tuple[str, ...] | None) -> Iterator[tuple[tuple[s
 def _module_path(stack: str) -> tuple[str, ...]:
     """Return the module names in a scope string such as `Swin/stage_0/block_1/up`."""
     path: list[str] = []
-    lifted = False
+    method = ""
     for name in stack.split("/"):
         if not name or "(" in name:  # transformations appear as `jvp(...)`
             continue
-        module, _, method = name.partition(".")
-        if not (lifted and path[-1] == module):  # a lifted call opens `block.<lambda>` and then `block` again
+        outer_method, (module, _, method) = method, name.partition(".")
+        # A method opens `Swin/Swin.features`, a lifted call `block.<lambda>/block`: one module each.
+        if not (path and path[-1] == module and (method or outer_method)):
             path.append(module)
-        lifted = bool(method)
     return tuple(path)
 
 

@@ -51,3 +51,18 @@ def test_grouped_convolutions_and_conditionals():
 
     summary = summarize(Grouped(), jax.ShapeDtypeStruct((1, 8, 4), jnp.float32))
     assert summary.macs == 8 * 4 * 3 + 8 * 4 * 4
+
+
+def test_a_product_in_another_method_counts_under_its_module():
+    class Methods(nn.Module):
+        def setup(self):
+            self.dense = nn.Dense(4)
+
+        def embed(self, x):
+            return self.dense(x)
+
+        def __call__(self, x):
+            return self.embed(x)
+
+    summary = summarize(Methods(), jax.ShapeDtypeStruct((2, 3), jnp.float32))
+    assert {row.path: row.macs for row in summary.rows}[("dense",)] == 24
