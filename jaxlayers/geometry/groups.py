@@ -33,7 +33,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlayers.core.dtypes import at_least_float32, compute_dtype
+from jaxlayers.core.dtypes import array_namespace, widen
+from jaxlayers.geometry.haar import haar_rotation, linear_magnitude, near_orthogonal, random_stretch
+from jaxlayers.geometry.images import resample_image
 
 Element = Any
 
@@ -156,9 +158,7 @@ class Group(abc.ABC):
         return x
 
 
-# --------------------------------------------------------------------------------------------------------------------
 # Affine groups: x -> A x + b
-# --------------------------------------------------------------------------------------------------------------------
 
 
 class Motion(NamedTuple):
@@ -185,7 +185,7 @@ class _Affine(Group):
 
     def magnitude(self, g: Element) -> float:
         matrix, translation = self._parts(g, self._dimension or 1)
-        return math.hypot(_linear_magnitude(matrix), float(np.linalg.norm(translation)))
+        return math.hypot(linear_magnitude(matrix), float(np.linalg.norm(translation)))
 
     def _act(self, g: Element, x: Any, representation: str) -> Any:
         if representation == "image":
@@ -200,7 +200,7 @@ class _Affine(Group):
                 f"{x.shape}; pass data of that dimension or a group of the dimension of the data"
             )
         matrix, translation = self._parts(g, dimension)
-        wide, dtype = _widen(x)
+        wide, dtype = widen(x)
         if representation == "matrix":
             result = _matmul(np.swapaxes(_matmul(np.swapaxes(wide, -1, -2), matrix), -1, -2), matrix)
         else:
@@ -302,7 +302,7 @@ class Translation(_Affine):
         if not self.cyclic:
             return super()._act(g, x, representation)
         axes = {("image", 2): (-3, -2), ("set", 1): (-2,)}.get((representation, self.dimension))
-        return x if axes is None else _namespace(x).roll(x, tuple(int(shift) for shift in g), axis=axes)
+        return x if axes is None else array_namespace(x).roll(x, tuple(int(shift) for shift in g), axis=axes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,7 +332,7 @@ class Rotation(_Linear):
 
     def sample(self, rng: np.random.Generator, *, scale: float = 1.0) -> Element:
         _check_scale(scale)
-        return _rotation(rng, self.dimension, scale)
+        return haar_rotation(rng, self.dimension, scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -355,7 +355,7 @@ class Orthogonal(_Linear):
 
     def sample(self, rng: np.random.Generator, *, scale: float = 1.0) -> Element:
         _check_scale(scale)
-        return _orthogonal(rng, self.dimension, scale)
+        return near_orthogonal(rng, self.dimension, scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -379,7 +379,7 @@ class SpecialEuclidean(_Rigid):
     def sample(self, rng: np.random.Generator, *, scale: float = 1.0) -> Element:
         _check_scale(scale)
         translation = rng.uniform(-1.0, 1.0, size=self.dimension) * self.extent * scale
-        return Motion(_rotation(rng, self.dimension, scale), translation)
+        return Motion(haar_rotation(rng, self.dimension, scale), translation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -404,7 +404,7 @@ class Euclidean(_Rigid):
     def sample(self, rng: np.random.Generator, *, scale: float = 1.0) -> Element:
         _check_scale(scale)
         translation = rng.uniform(-1.0, 1.0, size=self.dimension) * self.extent * scale
-        return Motion(_orthogonal(rng, self.dimension, scale), translation)
+        return Motion(near_orthogonal(rng, self.dimension, scale), translation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -466,7 +466,7 @@ class GeneralLinear(_Linear):
     def sample(self, rng: np.random.Generator, *, scale: float = 1.0) -> Element:
         _check_scale(scale)
         logarithms = rng.uniform(-1.0, 1.0, size=self.dimension) * math.log(self.maximum) * scale
-        return _orthogonal(rng, self.dimension, scale) @ _stretch(rng, logarithms)
+        return near_orthogonal(rng, self.dimension, scale) @ random_stretch(rng, logarithms)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -490,12 +490,10 @@ class SpecialLinear(_Linear):
     def sample(self, rng: np.random.Generator, *, scale: float = 1.0) -> Element:
         _check_scale(scale)
         logarithms = rng.uniform(-1.0, 1.0, size=self.dimension) * math.log(self.maximum) * scale
-        return _rotation(rng, self.dimension, scale) @ _stretch(rng, logarithms - logarithms.mean())
+        return haar_rotation(rng, self.dimension, scale) @ random_stretch(rng, logarithms - logarithms.mean())
 
 
-# --------------------------------------------------------------------------------------------------------------------
 # Finite groups of the plane
-# --------------------------------------------------------------------------------------------------------------------
 
 
 class Turn(NamedTuple):
@@ -539,7 +537,7 @@ class _Polygon(_Affine):
         quarters, rest = divmod(4 * steps, self.order)
         if rest:
             return resample_image(x, *self._parts(g, 2))
-        numpy = _namespace(x)
+        numpy = array_namespace(x)
         return numpy.rot90(numpy.flip(x, axis=-2) if flip else x, quarters % 4, axes=(-3, -2))
 
 
@@ -620,9 +618,7 @@ class Dihedral(_Polygon):
         return int(g.steps) % self.order, bool(g.flip)
 
 
-# --------------------------------------------------------------------------------------------------------------------
 # Permutations and products
-# --------------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -683,7 +679,7 @@ class Symmetric(Group):
                     f"representation {representation!r} of {self.name} needs size {self.size} at axis {axis}; got "
                     f"shape {x.shape}; use Symmetric({x.shape[axis]}) or change the data"
                 )
-            x = _namespace(x).take(x, np.argsort(g), axis=axis)
+            x = array_namespace(x).take(x, np.argsort(g), axis=axis)
         return x
 
     def _act_weights(self, g: Element, x: Any) -> Any:
@@ -709,7 +705,7 @@ class Symmetric(Group):
                     f"representation 'weights' of {self.name} at layer={self.layer} needs size {self.size} at axis "
                     f"{axis} of pair {index // 2}; got shape {leaf.shape}; set size or layer"
                 )
-            leaves[index] = _namespace(leaf).take(leaf, np.argsort(g), axis=axis)
+            leaves[index] = array_namespace(leaf).take(leaf, np.argsort(g), axis=axis)
         return jax.tree.unflatten(structure, leaves)
 
 
@@ -772,119 +768,7 @@ class Product(Group):
         return x
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Images
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def resample_image(x: Any, matrix: np.ndarray, translation: np.ndarray) -> Any:
-    """Move the content of an image by p -> matrix p + translation about its centre, with cubic interpolation.
-
-    The kernel is Keys' piecewise cubic with a = -1/2, exact for whole-pixel moves and for quadratic pictures. What
-    comes from outside the image is zero, so compare results inside `disk_mask` only, or on pictures that vanish
-    outside it.
-
-    Args:
-      x: image `[*batch, height, width, channels]`, NumPy or JAX.
-      matrix: invertible `[2, 2]` on coordinates (height, width).
-      translation: `[2]`, in pixels.
-
-    Returns:
-      Image of the same shape and kind, float (see `Group.act`).
-
-    Raises:
-      ValueError: if `x` has fewer than three axes.
-    """
-    if np.ndim(x) < 3:
-        raise ValueError(f"an image needs axes [*batch, height, width, channels]; got shape {np.shape(x)}; add axes")
-    wide, dtype = _widen(x if isinstance(x, jax.Array) else np.asarray(x))
-    shape = np.array(wide.shape[-3:-1])
-    centre = (shape - 1) / 2.0
-    target = np.stack(np.meshgrid(*(np.arange(size) for size in shape), indexing="ij"), axis=-1) - centre
-    source = (target - translation) @ np.linalg.inv(matrix).T + centre
-    corner = np.floor(source)
-    total = 0.0
-    for row in range(-1, 3):
-        for column in range(-1, 3):
-            place = corner + np.array([row, column])
-            weight = np.prod(_cubic(source - place), axis=-1) * np.all((place >= 0) & (place < shape), axis=-1)
-            index = np.clip(place, 0, shape - 1).astype(np.int64)
-            total = total + weight[..., None].astype(wide.dtype) * wide[..., index[..., 0], index[..., 1], :]
-    return total.astype(dtype)  # type: ignore[attr-defined]
-
-
-def disk_mask(height: int, width: int, *, margin: float = 0.0) -> np.ndarray:
-    """Return the disk inscribed in an image, as float64 `[height, width, 1]` of ones and zeros.
-
-    Rotations about the centre keep the disk, which goes through the centres of the outermost pixels. Multiplying
-    images by it leaves out the corners, which a rotation moves out of the frame.
-
-    Args:
-      height: rows.
-      width: columns.
-      margin: by how many pixels to shorten the radius.
-
-    Returns:
-      The mask.
-
-    Raises:
-      ValueError: if nothing is left inside.
-
-    Example:
-      >>> disk_mask(3, 3)[..., 0].tolist()
-      [[0.0, 1.0, 0.0], [1.0, 1.0, 1.0], [0.0, 1.0, 0.0]]
-    """
-    radius = (min(height, width) - 1) / 2.0 - margin
-    rows = np.arange(height)[:, None] - (height - 1) / 2.0
-    columns = np.arange(width)[None, :] - (width - 1) / 2.0
-    inside = np.hypot(rows, columns) <= radius + 1e-9
-    if not inside.any():
-        raise ValueError(f"margin={margin} leaves no pixel of a {height} x {width} image; set a smaller margin")
-    return inside.astype(np.float64)[..., None]
-
-
-def _cubic(distance: np.ndarray) -> np.ndarray:
-    """Keys' interpolation kernel with a = -1/2."""
-    x = np.abs(distance)
-    near = (1.5 * x - 2.5) * x * x + 1.0
-    far = ((2.5 - 0.5 * x) * x - 4.0) * x + 2.0
-    return np.where(x <= 1.0, near, np.where(x < 2.0, far, 0.0))
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # Sampling and arithmetic
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def _haar(rng: np.random.Generator, dimension: int) -> np.ndarray:
-    """Draw from the Haar measure of O(d): QR of a Gaussian matrix, made unique by a positive diagonal of R."""
-    q, r = np.linalg.qr(rng.standard_normal((dimension, dimension)))
-    return q * np.where(np.diag(r) < 0.0, -1.0, 1.0)
-
-
-def _rotation(rng: np.random.Generator, dimension: int, scale: float) -> np.ndarray:
-    """Draw a Haar rotation and multiply its plane angles by `scale`."""
-    q = _haar(rng, dimension)
-    if np.linalg.det(q) < 0.0:
-        q[:, 0] = -q[:, 0]
-    if scale == 1.0 or dimension == 1:
-        return q
-    # A Haar rotation has distinct eigenvalues, so its eigenvectors are orthonormal and its power is unique.
-    values, vectors = np.linalg.eig(q)
-    power = (vectors * np.exp(1j * scale * np.angle(values))) @ vectors.conj().T
-    left, _, right = np.linalg.svd(power.real)
-    return left @ right
-
-
-def _orthogonal(rng: np.random.Generator, dimension: int, scale: float) -> np.ndarray:
-    """Draw from O(d), or near the identity from SO(d)."""
-    return _haar(rng, dimension) if scale == 1.0 else _rotation(rng, dimension, scale)
-
-
-def _stretch(rng: np.random.Generator, logarithms: np.ndarray) -> np.ndarray:
-    """Return the symmetric matrix with the given log-eigenvalues along random axes."""
-    axes = _haar(rng, len(logarithms))
-    return (axes * np.exp(logarithms)) @ axes.T
 
 
 def _steps(rng: np.random.Generator, order: int, scale: float) -> int:
@@ -894,26 +778,6 @@ def _steps(rng: np.random.Generator, order: int, scale: float) -> int:
         return int(rng.integers(order))
     bound = max(1, int(scale * order / 2))
     return int(rng.integers(-bound, bound, endpoint=True)) % order
-
-
-def _linear_magnitude(matrix: np.ndarray) -> float:
-    """Return |log Q|_F / sqrt(2) and |log P|_F of the polar decomposition Q P, combined as a root of squares."""
-    left, values, right = np.linalg.svd(matrix)
-    angles = np.angle(np.linalg.eigvals(left @ right))
-    return math.sqrt(float(np.sum(np.square(angles))) / 2.0 + float(np.sum(np.square(np.log(values)))))
-
-
-def _namespace(x: Any) -> Any:
-    return jnp if isinstance(x, jax.Array) else np
-
-
-def _widen(x: Any) -> tuple[Any, Any]:
-    """Return `x` in the dtype to compute in, and the dtype of the result."""
-    if isinstance(x, jax.Array):
-        dtype = compute_dtype(x)
-        return x.astype(at_least_float32(dtype)), dtype
-    dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else np.dtype(np.float64)
-    return x.astype(np.promote_types(dtype, np.float64)), dtype
 
 
 def _matmul(x: Any, matrix: np.ndarray) -> Any:

@@ -13,7 +13,7 @@ from jaxlayers.geometry.groups import SpecialEuclidean as SpecialEuclidean
 from jaxlayers.geometry.groups import SpecialLinear as SpecialLinear
 from jaxlayers.geometry.groups import Symmetric as Symmetric
 from jaxlayers.geometry.groups import Translation as Translation
-from jaxlayers.geometry.groups import disk_mask as disk_mask
+from jaxlayers.geometry.images import disk_mask as disk_mask
 from jaxlayers.testing.conformance import BadInput as BadInput
 from jaxlayers.testing.conformance import Case as Case
 from jaxlayers.testing.symmetry import EquivarianceCurve as EquivarianceCurve

@@ -22,9 +22,8 @@ from jaxlayers.geometry.groups import (
     SpecialLinear,
     Symmetric,
     Translation,
-    disk_mask,
-    resample_image,
 )
+from jaxlayers.geometry.images import disk_mask, resample_image
 
 SETS = ("points", "vectors", "set", "adjacency", "edges")
 SPACE = ("points", "vectors", "point", "vector", "matrix")
@@ -333,18 +332,6 @@ def test_images_scale_about_their_centre():
     y = Scale().act(np.asarray(2.0), x, "image")
     np.testing.assert_allclose(y[15 + 6, 15 + 4], x[15 + 3, 15 + 2], atol=1e-12)
     np.testing.assert_allclose(y[15, 15], x[15, 15], atol=1e-12)
-
-
-def test_disk_mask_is_kept_by_quarter_turns_and_drops_the_corners():
-    for shape in ((7, 7), (8, 8), (6, 9)):
-        mask = disk_mask(*shape)
-        assert mask.shape == (*shape, 1)
-        assert mask[0, 0, 0] == 0.0
-        assert 0.0 < mask.mean() < 1.0
-    np.testing.assert_array_equal(np.rot90(disk_mask(8, 8)), disk_mask(8, 8))
-    assert disk_mask(9, 9, margin=2.0).sum() < disk_mask(9, 9).sum()
-    with pytest.raises(ValueError, match=r"margin=9\.0 leaves no pixel of a 9 x 9 image"):
-        disk_mask(9, 9, margin=9.0)
 
 
 def test_permutation_of_a_graph_agrees_with_brute_force_over_edges(rng):

@@ -21,8 +21,8 @@ from jaxlayers.geometry.groups import (
     SpecialLinear,
     Symmetric,
     Translation,
-    disk_mask,
 )
+from jaxlayers.geometry.images import disk_mask
 from jaxlayers.testing.symmetry import (
     EquivarianceCurve,
     IdleCheckError,
