@@ -1,0 +1,278 @@
+"""The whole loop in one process: resuming is bitwise, nothing bad is saved, and the directory tells the truth."""
+
+import dataclasses
+import json
+import logging
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.train import shared_cache
+from tests.train.config_test import TINY
+from train import loop, progress, tasks
+from train.config import Evaluated, MeshShape, Task, load
+from train.data import arrays
+
+MIXED = MeshShape(data=2, fsdp=2, sequence=1, tensor=2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_once():
+    with shared_cache.used():
+        yield
+
+
+@pytest.fixture
+def config():
+    return dataclasses.replace(load(TINY), steps=9, eval_every=4, checkpoint_every=3, mesh=MIXED)
+
+
+def history(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(workdir):
+    return {
+        line["step"]: {name: value for name, value in line.items() if name != "train/examples_per_second"}
+        for line in history(workdir)
+    }
+
+
+def assert_bitwise(one, other):
+    left, right = (jax.tree_util.tree_flatten_with_path(state)[0] for state in (one, other))
+    for (path, a), (_, b) in zip(left, right, strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        assert a.dtype == b.dtype
+        assert a.tobytes() == b.tobytes(), jax.tree_util.keystr(path)
+
+
+class After:
+    """Asks to stop at the `count`-th question and ever after."""
+
+    def __init__(self, count):
+        self.left = count
+
+    def __call__(self):
+        self.left -= 1
+        return signal.SIGTERM if self.left <= 0 else 0
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    config = dataclasses.replace(load(TINY), steps=9, eval_every=4, checkpoint_every=3, mesh=MIXED)
+    return workdir, loop.train(config, workdir, silent=True)
+
+
+def test_a_run_leaves_everything_that_is_promised(uninterrupted):
+    workdir, result = uninterrupted
+    assert result.step == 9
+    assert result.signal == 0
+    assert [line["step"] for line in history(workdir)] == list(range(1, 10))
+    assert {line["step"] for line in history(workdir) if "test/accuracy" in line} == {4, 8, 9}
+    assert history(workdir)[-1]["test/accuracy"] == result.metrics["accuracy"]
+    assert result.report == workdir / "report" / "report.md"
+    assert {"report.md", "training_curves.png", "confusion.png"} <= {
+        path.name for path in result.report.parent.iterdir()
+    }
+    assert "model.depths = (1,)" in (workdir / "config.txt").read_text().splitlines()
+    assert json.loads((workdir / "versions.json").read_text())["jax"] == jax.__version__
+    assert len((workdir / "command.txt").read_text().splitlines()) == 1
+    assert json.loads((workdir / "summary.json").read_text())["result"]["accuracy"] == result.metrics["accuracy"]
+    assert [path.name for path in (workdir / "tensorboard").iterdir()][0].startswith("events.out.tfevents")
+    assert sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())[-2:] == [6, 9]
+
+
+def test_stopped_anywhere_and_resumed_ends_bitwise_where_the_uninterrupted_run_ends(config, uninterrupted, tmp_path):
+    # Each number of questions stops at another place: before compiling, at steps, inside evaluations, in the report.
+    stops, places = [1, 4, 5, 9, 4, 1, 6, 2], []
+    for count in stops:
+        result = loop.train(config, tmp_path, stop=After(count), silent=True)
+        places.append(result.step)
+        assert result.signal == signal.SIGTERM
+        assert result.report is None
+        if (tmp_path / "metrics.jsonl").exists():
+            assert [line["step"] for line in history(tmp_path)] == list(range(1, result.step + 1))
+    assert places[0] == 0
+    assert places[-1] == 9
+    assert len(set(places)) >= 5
+    result = loop.train(config, tmp_path, silent=True)
+    assert result.step == 9
+    assert_bitwise(result.state, uninterrupted[1].state)
+    assert result.metrics == uninterrupted[1].metrics
+    assert losses(tmp_path) == losses(uninterrupted[0])
+
+
+def test_other_meshes_resume_it_to_rounding(config, uninterrupted, tmp_path):
+    first = loop.train(config, tmp_path, stop=After(7), silent=True)
+    assert 0 < first.step < 9
+    alone = dataclasses.replace(config, mesh=MeshShape())
+    result = loop.train(alone, tmp_path, devices=jax.devices()[:1], silent=True)
+    wanted = losses(uninterrupted[0])
+    for step, line in losses(tmp_path).items():
+        assert line["train/loss"] == pytest.approx(wanted[step]["train/loss"], abs=2e-5)
+    assert result.state.step.sharding.device_set == {jax.devices()[0]}
+
+
+def test_a_finished_run_only_writes_the_report_again(config, uninterrupted, tmp_path, capsys):
+    workdir, before = uninterrupted
+    before.report.unlink()
+    lines = history(workdir)
+    result = loop.train(config, workdir)
+    assert "already trained to step 9" in capsys.readouterr().out
+    assert result.report.exists()
+    assert result.metrics == before.metrics
+    assert history(workdir) == lines
+    assert_bitwise(result.state, before.state)
+
+
+def test_more_steps_go_on_from_a_finished_run(config, tmp_path, capsys):
+    short = dataclasses.replace(config, steps=3, test_data=None, metric=None)
+    loop.train(short, tmp_path, silent=True)
+    result = loop.train(dataclasses.replace(short, steps=5), tmp_path)
+    assert result.step == 5
+    assert "note: steps was 3, is 5" in capsys.readouterr().out
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(config, uninterrupted, tmp_path, caplog):
+    first = loop.train(config, tmp_path, stop=After(12), silent=True)
+    steps = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
+    assert len(steps) >= 2
+    assert steps[-1] == first.step
+    (tmp_path / "checkpoints" / str(steps[-1]) / "manifest" / "manifest.json").write_text("{")
+    with caplog.at_level(logging.WARNING):
+        result = loop.train(config, tmp_path, silent=True)
+    assert f"{steps[-1]}" in caplog.text
+    assert "skipped checkpoint" in caplog.text
+    assert_bitwise(result.state, uninterrupted[1].state)
+    assert losses(tmp_path) == losses(uninterrupted[0])
+
+
+def test_changed_data_is_refused_with_what_changed(config, uninterrupted):
+    workdir = uninterrupted[0]
+    for change, message in (
+        ({"batch_size": 32}, "batch_size was 16, is 32"),
+        ({"seed": 3}, "seed was 0, is 3"),
+        ({"train_data": arrays(tokens=np.zeros((96, 6, 3), np.float32), label=np.zeros(96, np.int32))}, "content was"),
+    ):
+        with pytest.raises(ValueError, match=f"trained on up to step 9: .*{message}"):
+            loop.train(dataclasses.replace(config, **change), workdir, silent=True)
+
+
+def test_changed_model_is_refused_with_what_changed(config, uninterrupted):
+    wider = dataclasses.replace(config, model=config.model.clone(features=32))
+    with pytest.raises(ValueError, match=r"must hold leaf .*model.features was 16, is 32"):
+        loop.train(wider, uninterrupted[0], silent=True)
+    assert "model.features = 16" in (uninterrupted[0] / "config.txt").read_text()
+
+
+def exploding(inner, at_loss):
+    """Return a task whose loss is infinite once the model has learnt enough to get below `at_loss`."""
+
+    def loss(apply, batch, key):
+        values, measured = inner.loss(apply, batch, key)
+        return values * jnp.where(jnp.mean(values) < at_loss, jnp.inf, 1.0), measured
+
+    return dataclasses.replace(inner, loss=loss)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(config, uninterrupted, tmp_path):
+    curve = {step: line["train/loss"] for step, line in losses(uninterrupted[0]).items()}
+    step = next(step for step in range(4, 10) if curve[step] < min(curve[k] for k in range(1, step)))
+    threshold = (curve[step] + min(curve[k] for k in range(1, step))) / 2
+    bad = dataclasses.replace(config, task=exploding(config.task, threshold), checkpoint_every=1)
+    with pytest.raises(FloatingPointError, match=f"loss is inf at step {step}; .*newest checkpoint: step {step - 1}"):
+        loop.train(bad, tmp_path, silent=True)
+    assert history(tmp_path)[-1]["step"] == step
+    assert history(tmp_path)[-1]["train/loss"] is None
+    saved = [int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
+    assert max(saved) == step - 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mesh": MeshShape(3, 2)}, "needs 6 devices and there are 8"),
+        ({"batch_size": 18}, "batch_size=18 must be divisible by data.fsdp=4"),
+        ({"eval_batch_size": 3}, "eval_batch_size=3 must be divisible"),
+        ({"metric": "acuracy"}, r"metric='acuracy' is not measured by the task; set metric to one of \['accuracy', 'loss'\]"),
+        ({"test_data": None}, "metric='accuracy' ranks by the test set; set test_data"),
+        ({"task": tasks.classification(4)}, "the records have no field 'image'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused_before_anything_is_written(config, tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        loop.train(dataclasses.replace(config, **change), tmp_path / "run", silent=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_rivals_extra_tests_and_baselines_stand_beside_the_result(config, tmp_path, capsys):
+    shifted = arrays(tokens=np.zeros((5, 6, 3), np.float32), label=np.zeros(5, np.int32))
+    full = dataclasses.replace(
+        config,
+        steps=3,
+        rivals={"no attention": config.model.clone(depths=())},
+        extra_tests={"shifted": shifted},
+        baselines=lambda: {"majority": 0.25},
+        symmetries=(),
+    )
+    result = loop.train(full, tmp_path)
+    assert set(result.metrics) == {"loss", "accuracy", "shifted/loss", "shifted/accuracy"}
+    beside = json.loads((tmp_path / "summary.json").read_text())["beside"]
+    assert set(beside) == {"majority", *(f"no attention {name}" for name in result.metrics)}
+    assert (tmp_path / "rivals" / "no_attention" / "report" / "report.md").exists()
+    out = capsys.readouterr().out
+    assert "rival: no attention" in out
+    assert "majority" in out
+    assert "majority" in result.report.read_text()
+
+
+def test_a_task_of_ones_own_needs_no_other_change(config, tmp_path):
+    def loss(apply, batch, key):
+        noise = jax.random.normal(key, batch["tokens"].shape)
+        return jnp.mean(jnp.square(apply(batch["tokens"] + noise)), axis=-1), {}
+
+    def evaluate(apply, batch):
+        return Evaluated({"size": jnp.mean(jnp.square(apply(batch["tokens"])), axis=-1)})
+
+    own = Task(inputs=lambda batch: (batch["tokens"],), loss=loss, evaluate=evaluate)
+    result = loop.train(
+        dataclasses.replace(config, task=own, steps=3, metric="size", mode="min"), tmp_path, silent=True
+    )
+    assert list(result.metrics) == ["size"]
+
+
+def test_log_drops_later_and_half_written_lines_and_merges_a_step(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "train/loss": 3.0}\n{"step": 2, "train/loss": 2.0}\n{"step": 3, "train/lo')
+    log = progress.Log(tmp_path, start=2)
+    log.write(2, {"test/loss": 1.0})
+    log.write(3, {"train/loss": float("nan")})
+    log.write(3, {"test/loss": 0.5})
+    log.close()
+    wanted = [
+        {"step": 1, "train/loss": 3.0},
+        {"step": 2, "train/loss": 2.0, "test/loss": 1.0},
+        {"step": 3, "train/loss": None, "test/loss": 0.5},
+    ]
+    assert history(tmp_path) == log.history == wanted
+    assert log.has(2, "test/")
+    assert not log.has(1, "test/")
+    again = progress.Log(tmp_path, start=1)
+    again.close()
+    assert history(tmp_path) == wanted[:1]
+
+
+def test_second_sigint_is_left_to_the_system():
+    before = signal.getsignal(signal.SIGINT)
+    with loop.Interrupt() as interrupt:
+        assert interrupt() == 0
+        signal.raise_signal(signal.SIGINT)
+        assert interrupt() == signal.SIGINT
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+        signal.raise_signal(signal.SIGTERM)  # some launchers send several: ignored
+        assert interrupt() == signal.SIGINT
+    assert signal.getsignal(signal.SIGINT) == before

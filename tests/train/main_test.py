@@ -1,0 +1,205 @@
+"""The command line, end to end: exit codes, signals, kill -9, and two processes."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from tests.train import shared_cache
+from tests.train.config_test import TINY
+from train import loop
+from train.__main__ import main, use_virtual_devices
+from train.checkpoint import Checkpointer
+from train.config import MeshShape, load
+
+ROOT = Path(__file__).parents[2]
+MESH = MeshShape(data=2, fsdp=2, sequence=1, tensor=2)
+STEPS = 40
+SETTINGS = [f"--set=steps={STEPS}", "--set=mesh.data=2", "--set=mesh.fsdp=2", "--set=mesh.tensor=2"]
+PATIENCE = 240
+
+
+ENVIRONMENT = os.environ | shared_cache.environment() | {"PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "cpu"}
+
+
+def start(workdir, *arguments, config=TINY):
+    return subprocess.Popen(
+        [sys.executable, "-m", "train", str(config), "--workdir", str(workdir), *arguments],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def steps_logged(workdir):
+    path = workdir / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line)["step"] for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def wait_for(condition, process):
+    limit = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < limit, "nothing happened"
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.005)
+
+
+def finish(process):
+    return process.communicate(timeout=PATIENCE)[0], process.returncode
+
+
+def final_state(workdir, config):
+    checkpointer = Checkpointer(workdir / "checkpoints")
+    restored = checkpointer.restore(loop.prepare(config).abstract)
+    checkpointer.close()
+    return restored.step, jax.tree.map(np.asarray, restored.state)
+
+
+def losses(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "train/examples_per_second"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    config = dataclasses.replace(load(TINY), steps=STEPS, mesh=MESH)
+    with shared_cache.used():
+        loop.train(config, workdir, silent=True)
+    return config, workdir, final_state(workdir, config)
+
+
+def assert_same_end(workdir, uninterrupted):
+    config, reference, (step, state) = uninterrupted
+    found_step, found = final_state(workdir, config)
+    assert found_step == step == STEPS
+    for (path, leaf), other in zip(jax.tree_util.tree_flatten_with_path(state)[0], jax.tree.leaves(found), strict=True):
+        assert leaf.tobytes() == other.tobytes(), jax.tree_util.keystr(path)
+    assert losses(workdir) == losses(reference)
+
+
+def saving(workdir):
+    return any(workdir.glob("checkpoints/*tmp*"))
+
+
+def test_interrupted_and_killed_runs_end_bitwise_where_the_uninterrupted_run_ends(uninterrupted, tmp_path):
+    for number, at, code in ((signal.SIGINT, 5, 130), (signal.SIGTERM, 12, 143)):
+        process = start(tmp_path, "--devices=8", *SETTINGS)
+        wait_for(lambda at=at: at in steps_logged(tmp_path), process)
+        process.send_signal(number)
+        output, returned = finish(process)
+        assert returned == code, output
+        saved = steps_logged(tmp_path)[-1]
+        assert f"stopped by {number.name}: saved step {saved}; run the same command to resume" in output
+        assert at <= saved < STEPS
+        assert (tmp_path / "checkpoints" / str(saved) / "manifest").is_dir()
+
+    before = saved
+    process = start(tmp_path, "--devices=8", *SETTINGS)
+    wait_for(
+        lambda: (
+            steps_logged(tmp_path)[-1] > before + 6 or (steps_logged(tmp_path)[-1] > before + 2 and saving(tmp_path))
+        ),
+        process,
+    )
+    process.kill()
+    output, returned = finish(process)
+    assert returned == -signal.SIGKILL
+    assert f"resuming from step {before}" in output
+
+    output, returned = finish(start(tmp_path, "--devices=8", *SETTINGS))
+    assert returned == 0, output
+    assert "resuming from step" in output
+    assert (tmp_path / "report" / "report.md").exists()
+    assert_same_end(tmp_path, uninterrupted)
+
+
+@pytest.mark.slow
+def test_kill_at_random_moments_changes_nothing(uninterrupted, tmp_path):
+    rng, kills = random.Random(0), 0
+    while kills < 12:
+        process = start(tmp_path, "--devices=8", *SETTINGS)
+        known = len(steps_logged(tmp_path))
+        # Half of the moments lie in the start (imports, restoring, compiling), half among the steps.
+        if rng.random() < 0.5:
+            time.sleep(rng.uniform(0, 12))
+        else:
+            wait_for(lambda known=known, more=rng.randint(1, 4): steps_logged(tmp_path)[known + more : known + more + 1] or STEPS in steps_logged(tmp_path), process)  # fmt: skip
+            time.sleep(rng.uniform(0, 0.1))
+        process.kill()
+        finish(process)
+        kills += 1
+    output, returned = finish(start(tmp_path, "--devices=8", *SETTINGS))
+    assert returned == 0, output
+    assert_same_end(tmp_path, uninterrupted)
+
+
+def test_signal_to_one_of_two_processes_stops_both_at_the_same_step(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    processes = [
+        start(tmp_path, "--devices=1", f"--coordinator={address}", "--num-processes=2", f"--process-id={i}", f"--set=steps={STEPS * 50}", "--set=model.depths=()")
+        for i in range(2)
+    ]  # fmt: skip
+    try:
+        wait_for(lambda: 5 in steps_logged(tmp_path), processes[0])
+        processes[1].send_signal(signal.SIGTERM)
+        (first, code), (second, other) = (finish(process) for process in processes)
+    finally:
+        for process in processes:
+            process.kill()
+    assert code == other == 143, (first, second)
+    saved = steps_logged(tmp_path)[-1]
+    assert f"stopped by SIGTERM: saved step {saved}" in first
+    assert "on 2 cpu devices" in first
+    assert "step" not in second.replace("saving after this step", "")  # only process 0 reports
+
+
+def test_bad_settings_end_with_code_2_and_what_would_do(tmp_path, capsys):
+    for arguments, message in (
+        (["--set", "model.depht=1"], "Tiny has no field 'depht'; the nearest is 'depths'"),
+        (["--set", "mesh.tensor=3"], "these sizes would fit: data=2"),
+        (["--set", "mesh.tensor=3", "--set", "mesh.data=1"], "needs 3 devices and there are 8"),
+        (["--set", "batch_size=12"], "batch_size=12 must be divisible by data*fsdp=8"),
+        (["--coordinator", "localhost:1"], "go together"),
+        (["--devices", "0"], "--devices 0 must be at least 1"),
+    ):
+        assert main([str(TINY), "--workdir", str(tmp_path / "run"), *arguments]) == 2
+        assert message in capsys.readouterr().err
+    assert main([str(tmp_path / "none.py")]) == 2
+    assert "there is no config file" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_print_lists_every_field(capsys):
+    assert main([str(TINY), "--smoke", "--print", "--set", "model.depths=(3,)"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "model.depths = (3,)" in lines
+    assert "steps = 4" in lines
+
+
+def test_devices_flag_replaces_an_earlier_one(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_a=1 --xla_force_host_platform_device_count=8")
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    use_virtual_devices(3)
+    assert os.environ["XLA_FLAGS"].split() == ["--xla_a=1", "--xla_force_host_platform_device_count=3"]
+    assert os.environ["JAX_PLATFORMS"] == "cpu"
+
+
+def test_the_command_imports_no_jax_before_it_has_read_its_arguments():
+    code = "import sys, train.__main__; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -1,0 +1,124 @@
+"""Schedules at their corners, and which parameters are decayed, slowed and clipped."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from train import optim
+from train.config import Optim
+
+
+@pytest.fixture
+def params():
+    return {
+        "embed": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)},
+        "block_0": {"relative_position_bias_table": jnp.ones((9, 2)), "query": {"kernel": jnp.ones((4, 4))}},
+        "block_1": {"norm": {"scale": jnp.ones(4)}, "stacked": {"scale": jnp.ones((2, 4))}},
+        "head": {"kernel": jnp.ones((4, 2)), "bias": jnp.ones(2)},
+    }
+
+
+def by_path(tree):
+    return {optim.path_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def updates(settings, params, gradients, steps=10):
+    transform, _ = optim.build(settings, steps)
+    return by_path(transform.update(gradients, transform.init(params), params)[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "last"), [("cosine", 0.1), ("linear", 0.1), ("constant", 1.0), ("rsqrt", (4 / (4 + 36)) ** 0.5)]
+)
+def test_schedules_rise_to_the_peak_and_end_where_they_should(name, last):
+    rate = optim.schedule(Optim(learning_rate=2.0, schedule=name, warmup_steps=4, final_fraction=0.1), 40)
+    values = [float(rate(step)) for step in range(41)]
+    np.testing.assert_allclose(values[:5], [0.5, 1.0, 1.5, 2.0, 2.0], rtol=1e-6)
+    assert all(later <= earlier for earlier, later in zip(values[4:], values[5:], strict=False))
+    np.testing.assert_allclose(values[40], 2.0 * last, rtol=1e-5)
+
+
+def test_schedule_without_warmup_starts_at_the_peak_and_one_step_of_warmup_too():
+    for warmup in (0, 1):
+        assert float(optim.schedule(Optim(learning_rate=2.0, warmup_steps=warmup), 40)(0)) == 2.0
+
+
+def test_schedule_may_be_a_function_of_the_number_of_steps():
+    rate = optim.schedule(Optim(learning_rate=2.0, schedule=lambda steps: lambda step: step / steps), 40)
+    assert float(rate(10)) == 0.5
+
+
+def test_decay_leaves_vectors_tables_and_scales_alone(params):
+    zero = jax.tree.map(jnp.zeros_like, params)
+    moved = updates(Optim(learning_rate=0.5, weight_decay=0.1, schedule="constant"), params, zero)
+    decayed = {path for path, update in moved.items() if np.any(update)}
+    assert decayed == {"embed/kernel", "block_0/query/kernel", "head/kernel"}
+    np.testing.assert_allclose(moved["head/kernel"], -0.05, rtol=1e-6)
+
+
+def test_own_rule_says_what_is_not_decayed(params):
+    zero = jax.tree.map(jnp.zeros_like, params)
+    settings = Optim(no_decay=lambda path, parameter: not path.startswith("head/"))
+    moved = updates(settings, params, zero)
+    assert {path for path, update in moved.items() if np.any(update)} == {"head/kernel", "head/bias"}
+
+
+def layer_ids(path):
+    return {"embed": 0, "block_0": 1, "block_1": 2, "head": 3}[path.partition("/")[0]]
+
+
+def test_layer_decay_slows_early_layers_by_a_power(params):
+    gradients = jax.tree.map(jnp.ones_like, params)
+    settings = Optim(name="sgd", b1=0.0, clip_norm=None, weight_decay=0.1, schedule="constant")
+    plain = updates(settings, params, gradients)
+    slowed = updates(Optim(**{**vars(settings), "layer_ids": layer_ids, "layer_decay": 0.5}), params, gradients)
+    for path, update in plain.items():
+        np.testing.assert_allclose(slowed[path], update * 0.5 ** (3 - layer_ids(path)), rtol=1e-6)
+
+
+def test_clipping_bounds_the_global_norm_and_keeps_the_direction(params):
+    gradients = jax.tree.map(lambda leaf: 100.0 * jnp.ones_like(leaf), params)
+    base = dict(name="sgd", b1=0.0, weight_decay=0.0, learning_rate=1.0, schedule="constant")
+    clipped, free = (updates(Optim(**base, clip_norm=norm), params, gradients) for norm in (2.0, None))
+    norm = lambda tree: float(optax.global_norm(tree))  # noqa: E731
+    np.testing.assert_allclose(norm(clipped), 2.0, rtol=1e-5)
+    assert norm(free) > 100
+    np.testing.assert_allclose(clipped["head/bias"] * norm(free), free["head/bias"] * norm(clipped), rtol=1e-5)
+
+
+def test_adamw_equals_optax_adamw(params):
+    gradients = jax.tree.map(lambda leaf: 0.01 * jnp.ones_like(leaf), params)
+    settings = Optim(learning_rate=0.3, weight_decay=0.2, clip_norm=None, schedule="constant")
+    mask = jax.tree_util.tree_map_with_path(lambda p, leaf: not optim.undecayed(optim.path_name(p), leaf), params)
+    reference = optax.adamw(0.3, weight_decay=0.2, mask=mask)
+    wanted = by_path(reference.update(gradients, reference.init(params), params)[0])
+    for path, update in updates(settings, params, gradients).items():
+        np.testing.assert_allclose(update, wanted[path], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "sgd"])
+def test_optimisers_descend(name):
+    params = {"x": jnp.asarray([3.0, -2.0])}
+    transform, _ = optim.build(Optim(name=name, learning_rate=0.05, weight_decay=0.0, schedule="linear"), 200)
+    state = transform.init(params)
+    for _ in range(200):
+        step, state = transform.update(params, state, params)
+        params = optax.apply_updates(params, step)
+    assert float(jnp.abs(params["x"]).max()) < 0.2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (Optim(schedule="cosin"), "schedule='cosin' must be one of .*'cosine'"),
+        (Optim(warmup_steps=10), "warmup_steps=10 must be at least 0 and less than steps=10"),
+        (Optim(name="adam"), "name='adam' must be one of .*'adamw'"),
+        (Optim(clip_norm=0.0), "clip_norm=0.0 must be positive, or None"),
+        (Optim(layer_decay=0.8), "layer_decay=0.8 needs the depth of each parameter; set optim.layer_ids"),
+    ],
+)
+def test_bad_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        optim.build(settings, 10)

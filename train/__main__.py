@@ -1,0 +1,100 @@
+"""The command: `python -m train configs/<name>.py [--smoke] [--set path=value] [--workdir DIR] [--devices N]`.
+
+It ends with 0 when the run is complete, 130 after Ctrl-C and 143 after SIGTERM (saved; the same command resumes),
+2 when the settings cannot work, and 1 when training failed.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# JAX is imported in `main`, after the arguments: --devices must set the platform before.
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    result = argparse.ArgumentParser(
+        prog="python -m train",
+        description="Train a config. Run the same command again and it resumes from the newest good checkpoint.",
+        epilog="Exit codes: 0 complete; 130 Ctrl-C and 143 SIGTERM (saved, run again to resume); 2 bad settings; "
+        "1 training failed.",
+    )
+    result.add_argument("config", type=Path, help="a file that defines config(smoke=False) -> Config")
+    result.add_argument("--smoke", action="store_true", help="the config's one-minute version")
+    result.add_argument(
+        "--set",
+        dest="overrides",
+        metavar="PATH=VALUE",
+        action="append",
+        default=[],
+        help="replace one field, e.g. --set optim.learning_rate=3e-4 --set 'model.depths=(2,2)'; repeatable",
+    )
+    result.add_argument("--workdir", type=Path, help="checkpoints, metrics and report (default: runs/<config>)")
+    result.add_argument("--devices", type=int, metavar="N", help="run on N virtual CPU devices")
+    result.add_argument("--print", dest="show", action="store_true", help="print every field of the config and stop")
+    several = result.add_argument_group("several processes (start the same command on each host)")
+    several.add_argument("--distributed", action="store_true", help="let JAX find the cluster (SLURM, Cloud TPU, ...)")
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    several.add_argument("--num-processes", type=int, metavar="N")
+    several.add_argument("--process-id", type=int, metavar="I")
+    return result
+
+
+def use_virtual_devices(count: int) -> None:
+    """Make JAX, which must not be imported yet, see `count` CPU devices."""
+    flag = "--xla_force_host_platform_device_count"
+    kept = [word for word in os.environ.get("XLA_FLAGS", "").split() if not word.startswith(f"{flag}=")]
+    os.environ["XLA_FLAGS"] = " ".join([*kept, f"{flag}={count}"])
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+def join_processes(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Start `jax.distributed`; what is `None` is taken from the cluster's environment."""
+    import jax
+
+    jax.distributed.initialize(coordinator, num_processes, process_id)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    options = parser().parse_args(arguments)
+    explicit = (options.coordinator, options.num_processes, options.process_id)
+    if any(one is not None for one in explicit) and any(one is None for one in explicit):
+        return refuse("--coordinator, --num-processes and --process-id go together; give all three, or --distributed")
+    if options.devices is not None:
+        if options.devices < 1:
+            return refuse(f"--devices {options.devices} must be at least 1")
+        use_virtual_devices(options.devices)
+    if options.distributed or options.coordinator is not None:
+        join_processes(*explicit)
+
+    from train import config as configs
+    from train import loop
+
+    name = options.config.stem + ("_smoke" if options.smoke else "")
+    workdir = options.workdir or Path("runs") / name
+    with loop.Interrupt() as interrupt:
+        try:
+            config = configs.override(configs.load(options.config, smoke=options.smoke), options.overrides)
+            if options.show:
+                print(configs.describe(config), end="")
+                return 0
+            result = loop.train(config, workdir, stop=interrupt)
+        except ValueError as error:
+            return refuse(str(error))
+        except FloatingPointError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    return 128 + result.signal if result.signal else 0
+
+
+def refuse(reason: str) -> int:
+    """Say why the settings cannot work; return the exit code for it."""
+    print(f"error: {reason}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

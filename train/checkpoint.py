@@ -1,0 +1,722 @@
+"""Checkpoints that are atomic, verified on restore, and readable on any mesh."""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+__all__ = ["Checkpointer", "Restored", "Skipped"]
+
+_LOG = logging.getLogger(__name__)
+_TEMPORARY = ".orbax-checkpoint-tmp"
+_REMOVING = ".removing-"
+_DAMAGED = "damaged"
+_MANIFEST = "manifest.json"
+_FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What a checkpoint held.
+
+    Attributes:
+        step: the step it was saved at.
+        state: the state, with the structure and shardings that were asked for.
+        data: the data position as it was given to `save` (through JSON, so tuples come back as lists).
+        metrics: the metrics as they were given to `save`, empty if there were none.
+    """
+
+    step: int
+    state: Any
+    data: dict[str, Any]
+    metrics: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+    """A checkpoint that `restore` passed over.
+
+    Attributes:
+        step: its step.
+        path: its directory.
+        reason: what is wrong with it; names the damaged leaf where the damage lies in one.
+    """
+
+    step: int
+    path: str
+    reason: str
+
+
+class _DamageError(Exception):
+    """A checkpoint cannot be trusted; the message says why."""
+
+
+class _OrbaxQuiet(logging.Filter):
+    """Drops what Orbax logs below ERROR; what others log through the same logger stays."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Returns False for the records to drop."""
+        return record.levelno >= logging.ERROR or not _is_orbax(record.pathname)
+
+
+def _is_orbax(text: str) -> bool:
+    """Tells whether a text names a source file of Orbax."""
+    return "/orbax/" in text.replace("\\", "/")
+
+
+_QUIET = _OrbaxQuiet()
+
+
+@contextlib.contextmanager
+def _quiet_reads() -> Iterator[None]:
+    """Silences what the other reads of a restore say once one of them has failed; the failure itself is raised.
+
+    They run on in TensorStore's threads and in tasks that nobody awaits any more, find the event loop closed, and
+    report that one by one. As this may come at any later time, the filters stay in place after a failure.
+    """
+    previous = sys.unraisablehook
+
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+        late = unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"
+        code = getattr(unraisable.object, "cr_code", None)  # of a coroutine that was dropped unfinished
+        if not late and (code is None or not _is_orbax(code.co_filename)):
+            previous(unraisable)
+
+    def keep(record: logging.LogRecord) -> bool:
+        text = str(record.msg)
+        return "exception was never retrieved" not in text or not (_is_orbax(text) or "tensorstore" in text)
+
+    asyncio_logger = logging.getLogger("asyncio")
+    sys.unraisablehook = hook
+    asyncio_logger.addFilter(keep)
+    try:
+        yield
+    except Exception:
+        warnings.filterwarnings("ignore", r"coroutine 'Store\._\w+' was never awaited", RuntimeWarning)
+        raise
+    asyncio_logger.removeFilter(keep)
+    if sys.unraisablehook is hook:
+        sys.unraisablehook = previous
+
+
+class Checkpointer:
+    """Saves training state asynchronously and restores the newest step that is provably intact.
+
+    Every step is one directory `<directory>/<step>` that appears by an atomic rename once it is complete. Beside the
+    arrays it holds a manifest with the data position, the metrics, and for every leaf its shape, dtype and digest.
+    The manifest bears its own SHA-256. On restore everything is compared: array files carry no checksum of their own,
+    and a flipped bit in them would otherwise be trained on without a word.
+
+    The digest of a leaf is `sum_i w_i x_i mod 2^64` over its 32-bit (or narrower) words `x_i` with fixed odd
+    pseudo-random 64-bit weights `w_i` of the word's place in the *global* array. It is a sum, so each process adds up
+    its own shards and the result does not depend on the mesh. A change of any single word always changes it; several
+    changed words cancel with a chance of about `2^-32`.
+
+    Attributes:
+        directory: where the steps lie.
+        skipped: the checkpoints the last `restore` passed over, newest first.
+    """
+
+    def __init__(
+        self,
+        directory: epath.PathLike,
+        *,
+        keep_last: int = 2,
+        keep_best: int = 1,
+        metric: str | None = None,
+        mode: str = "max",
+    ) -> None:
+        """Opens a checkpoint directory; nothing on disk changes before the first `save`.
+
+        Args:
+            directory: where the steps lie; made by the first `save`.
+            keep_last: how many of the newest steps to keep, at least 1. While a save is under way there is one more.
+            keep_best: how many of the best steps to keep besides them; needs `metric`.
+            metric: the name of the metric that ranks steps; None ranks nothing. Steps saved without it, or with a
+                value that is not finite, are never the best.
+            mode: "max" if larger is better, "min" if smaller is.
+
+        Raises:
+            ValueError: if a count is too small or the mode unknown.
+        """
+        if keep_last < 1:
+            raise ValueError(f"keep_last={keep_last} must be at least 1; the newest step is what a run resumes from")
+        if keep_best < 0:
+            raise ValueError(f"keep_best={keep_best} must not be negative; set 0 to keep no best step")
+        if mode not in ("max", "min"):
+            raise ValueError(f"mode={mode!r} must be 'max' or 'min'; set mode")
+        self.directory = epath.Path(directory).absolute()
+        self.skipped: list[Skipped] = []
+        self._keep_last, self._keep_best = keep_last, keep_best
+        self._metric, self._mode = metric, mode
+        self._handled: int | None = None  # the newest step that this object saved or restored
+        self._pending: int | None = None  # the step whose save has not been confirmed yet
+        self._tidied = False
+        self._damaged: set[int] = set()  # steps to move aside before the next save
+        self._manifests: dict[int, dict[str, Any]] = {}
+        absl_logger = logging.getLogger("absl")
+        if _QUIET not in absl_logger.filters:
+            absl_logger.addFilter(_QUIET)
+        self._orbax = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(
+                state=ocp.StandardCheckpointHandler(),
+                manifest=ocp.JsonCheckpointHandler(filename=_MANIFEST),
+            )
+        )
+
+    def __enter__(self) -> Self:
+        """Returns itself."""
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        """Closes."""
+        self.close()
+
+    def steps(self) -> list[int]:
+        """Returns the committed steps, newest first; empty, foreign and unfinished directories are not among them."""
+        return [step for step, path in self._candidates() if _missing_part(path) is None]
+
+    def best_step(self) -> int | None:
+        """Returns the committed step with the best metric, or None if no step has one."""
+        return next(iter(self._ranked(self.steps())), None)
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        *,
+        data: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
+    ) -> bool:
+        """Starts saving a step; returns once the state has been copied, so that it may be donated.
+
+        The write goes on in the background. If it fails, the next call of `save`, `wait`, `restore` or `close` raises.
+
+        Args:
+            step: the step number, larger than any saved before.
+            state: a pytree of `jax.Array`s: parameters, optimiser, step, random keys and other collections.
+            data: the data position; anything that JSON can hold.
+            metrics: numbers that rank this step.
+
+        Returns:
+            True if a save was started, False if this very step was already saved or restored by this object.
+
+        Raises:
+            ValueError: if the step is not newer than what is on disk, or something cannot be stored.
+            RuntimeError: if this save, or the one before it, failed; names the step that did.
+        """
+        step = int(step)
+        if step < 0:
+            raise ValueError(f"step={step} must not be negative; count steps from 0")
+        content = {
+            "format": _FORMAT,
+            "step": step,
+            "data": _as_json(data, "data"),
+            "metrics": _as_json({name: float(value) for name, value in (metrics or {}).items()}, "metrics"),
+        }
+        leaves = _named_leaves(state)
+        for name, leaf in leaves.items():
+            if not isinstance(leaf, jax.Array):
+                raise ValueError(
+                    f"state leaf {name!r} must be a jax.Array, got {type(leaf).__name__}; "
+                    "create the whole state under jax.jit"
+                )
+        self._finish()
+        if step == self._handled:
+            return False
+        self._tidy()
+        newest = next(iter(self.steps()), -1)
+        if step <= newest:
+            raise ValueError(
+                f"step={step} must be newer than step {newest} saved in {self.directory}; "
+                "restore first, or save into an empty directory"
+            )
+        jax.block_until_ready(state)
+        stored = {name: _without_keys(leaf) for name, leaf in leaves.items()}
+        content["leaves"] = {
+            name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "digest": digest}
+            for (name, leaf), digest in zip(leaves.items(), _digests(stored), strict=True)
+        }
+        manifest = {"sha256": _checksum(content), "content": content}
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._orbax.save(
+                self.directory / str(step),
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(_nest(stored)), manifest=ocp.args.JsonSave(manifest)
+                ),
+            )
+        except Exception as error:
+            raise RuntimeError(self._failure(step, error)) from error
+        self._pending = self._handled = step
+        return True
+
+    def wait(self) -> None:
+        """Blocks until the last save is on disk and steps that are no longer kept are gone.
+
+        Raises:
+            RuntimeError: if the save failed; names its step.
+        """
+        self._finish()
+
+    def close(self) -> None:
+        """Waits, then releases the threads.
+
+        Raises:
+            RuntimeError: if the last save failed; names its step.
+        """
+        try:
+            self._finish()
+        finally:
+            self._orbax.close()
+
+    def restore(self, like: Any, *, step: int | None = None) -> Restored | None:
+        """Restores the newest intact step onto the given shardings, whatever mesh it was saved on.
+
+        Damaged, half-written and empty steps are named by a warning, listed in `skipped`, and passed over.
+        They stay on disk; the next `save` moves them into `damaged/`.
+
+        Args:
+            like: a pytree of `jax.ShapeDtypeStruct`s (or arrays) with the wanted structure, shapes, dtypes and
+                shardings.
+            step: restore this step only.
+
+        Returns:
+            The checkpoint, or None if there is no intact one.
+
+        Raises:
+            ValueError: if the newest intact step holds other leaves, shapes or dtypes than `like`: that is a changed
+                model and not damage, so no older step is tried. Also if the `step` asked for is missing or damaged.
+            RuntimeError: if a save still under way fails.
+        """
+        self._finish()
+        self.skipped = []
+        wanted = _named_leaves(like)
+        candidates = self._candidates()
+        if step is not None:
+            candidates = [(found, path) for found, path in candidates if found == step]
+            if not candidates:
+                raise ValueError(f"step={step} must be one of {self.steps()} saved in {self.directory}; choose one")
+        else:
+            for found, path in self._unfinished():
+                self._skip(found, path, "half-written: the save was cut off before it was committed")
+        for found, path in candidates:
+            try:
+                restored = self._restore_step(found, path, wanted, like)
+            except _DamageError as damage:
+                if step is not None:
+                    raise ValueError(
+                        f"step={step} must be intact, but {damage}; choose one of {self.steps()} or step=None"
+                    ) from damage
+                self._skip(found, path, str(damage))
+                self._damaged.add(found)
+                self._tidied = False
+                continue
+            if step is None:
+                self._handled = found
+            return restored
+        if self.skipped:
+            _LOG.warning("no intact checkpoint in %s", self.directory)
+        return None
+
+    def _restore_step(self, step: int, path: epath.Path, wanted: dict[str, Any], like: Any) -> Restored:
+        """Restores and verifies one step."""
+        problem, content = None, {}
+        try:
+            content = _read_manifest(step, path)
+        except _DamageError as damage:
+            problem = str(damage)
+        _agree(problem)
+        if content["format"] != _FORMAT:
+            raise ValueError(
+                f"checkpoint {path} must have format {_FORMAT}, got {content['format']}; "
+                "restore it with the release that wrote it"
+            )
+        stored = content["leaves"]
+        _check_structure(path, stored, wanted)
+        abstract = {name: _abstract(leaf) for name, leaf in wanted.items()}
+        arrays: dict[str, jax.Array] = {}
+        try:
+            # The handler rather than the checkpointer, whose restore ends in a barrier that a process whose read has
+            # failed would never reach.
+            with _quiet_reads(), contextlib.closing(ocp.StandardCheckpointHandler()) as reader:
+                tree = reader.restore(path / "state", args=ocp.args.StandardRestore(_nest(abstract)))
+            arrays = _flatten_names(tree)
+        except Exception as error:
+            if _is_device_failure(error):
+                raise
+            problem = f"{_unreadable(path, abstract)} cannot be read ({_first_line(error)})"
+        _agree(problem)
+        for name, digest in zip(arrays, _digests(arrays), strict=True):
+            if digest != stored[name]["digest"]:
+                raise _DamageError(f"leaf {name!r} does not match its digest")
+        leaves = [_with_keys(arrays[name], leaf) for name, leaf in wanted.items()]
+        state = jax.tree.unflatten(jax.tree.structure(like), leaves)
+        return Restored(step=step, state=state, data=content["data"], metrics=content["metrics"])
+
+    def _candidates(self) -> list[tuple[int, epath.Path]]:
+        """Lists what bears a step's name, newest first, whether or not it is intact."""
+        if not self.directory.exists():
+            return []
+        found = ((path.name, path) for path in self.directory.iterdir())
+        return sorted(((int(name), path) for name, path in found if re.fullmatch(r"0|[1-9]\d*", name)), reverse=True)
+
+    def _unfinished(self) -> list[tuple[int, epath.Path]]:
+        """Lists what interrupted saves left behind, newest first."""
+        if not self.directory.exists():
+            return []
+        pattern = re.compile(rf"(\d+){re.escape(_TEMPORARY)}.*")
+        found = ((pattern.fullmatch(path.name), path) for path in self.directory.iterdir())
+        return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
+
+    def _skip(self, step: int, path: epath.Path, reason: str) -> None:
+        """Names a checkpoint that is passed over."""
+        self.skipped.append(Skipped(step=step, path=str(path), reason=reason))
+        _LOG.warning("skipped checkpoint %s: %s", path, reason)
+
+    def _finish(self) -> None:
+        """Confirms the pending save, then removes the steps that are no longer kept."""
+        if self._pending is None:
+            return
+        step, self._pending = self._pending, None
+        try:
+            self._orbax.wait_until_finished()
+        except Exception as error:
+            self._handled = None
+            self._tidied = False  # the next save clears away what this one left behind
+            raise RuntimeError(self._failure(step, error)) from error
+        self._prune()
+
+    def _failure(self, step: int, error: Exception) -> str:
+        """Says that a step could not be saved, and why."""
+        return (
+            f"saving step {step} in {self.directory} failed ({_first_line(error)}); earlier steps are untouched: "
+            "free disk space or check the directory, then run again"
+        )
+
+    def _prune(self) -> None:
+        """Removes every committed step that is neither among the newest nor among the best."""
+        steps = self.steps()
+        keep = {*steps[: self._keep_last], *self._ranked(steps)[: self._keep_best]}
+        self._manifests = {step: manifest for step, manifest in self._manifests.items() if step in keep}
+        if jax.process_index() == 0:
+            for step in steps:
+                if step not in keep:
+                    # Renamed first: a removal that is cut off must not leave something that looks like a damaged step.
+                    doomed = self.directory / f"{_REMOVING}{step}"
+                    (self.directory / str(step)).rename(doomed)
+                    doomed.rmtree(missing_ok=True)
+        _synchronise("prune")
+
+    def _ranked(self, steps: list[int]) -> list[int]:
+        """Orders the steps that have a finite metric from best to worst, newer first among equals."""
+        values = {}
+        for step in steps if self._metric is not None else ():
+            if step not in self._manifests:
+                try:
+                    self._manifests[step] = _read_manifest(step, self.directory / str(step))
+                except _DamageError:
+                    continue  # restore is the one to name it
+            value = self._manifests[step]["metrics"].get(self._metric, math.nan)
+            if math.isfinite(value):
+                values[step] = value if self._mode == "max" else -value
+        return sorted(values, key=lambda step: (values[step], step), reverse=True)
+
+    def _tidy(self) -> None:
+        """Clears the way once before the first save: moves damaged steps aside, removes unfinished ones."""
+        if self._tidied:
+            return
+        self._tidied = True
+        if jax.process_index() == 0 and self.directory.exists():
+            for _, path in self._unfinished():
+                path.rmtree(missing_ok=True)
+            for path in self.directory.glob(f"{_REMOVING}*"):
+                path.rmtree(missing_ok=True)
+            for step, path in self._candidates():
+                if step in self._damaged or _missing_part(path) is not None:
+                    aside = self.directory / _DAMAGED / str(step)
+                    if aside.is_dir():
+                        aside.rmtree()
+                    aside.parent.mkdir(parents=True, exist_ok=True)
+                    path.replace(aside)
+        self._damaged.clear()
+        _synchronise("tidy")
+
+
+def _read_manifest(step: int, path: epath.Path) -> dict[str, Any]:
+    """Reads the manifest of a step and verifies it against its own checksum."""
+    missing = _missing_part(path)
+    if missing is not None:
+        raise _DamageError(missing)
+    try:
+        manifest = json.loads((path / "manifest" / _MANIFEST).read_text())
+        content = manifest["content"]
+        intact = manifest["sha256"] == _checksum(content)
+        owner = content["step"]
+    except (OSError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise _DamageError(f"its manifest cannot be read ({_first_line(error)})") from error
+    if not intact:
+        raise _DamageError("its manifest does not match its checksum")
+    if owner != step:
+        raise _DamageError(f"its manifest belongs to step {owner}")
+    return content
+
+
+def _missing_part(path: epath.Path) -> str | None:
+    """Says what a step's directory lacks to be a committed checkpoint, None if nothing."""
+    if not path.is_dir():
+        return "it is not a directory"
+    if not any(path.iterdir()):
+        return "it is empty"
+    for part in ("state", f"manifest/{_MANIFEST}"):
+        if not (path / part).exists():
+            return f"it has no {part}"
+    return None
+
+
+def _unreadable(path: epath.Path, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> str:
+    """Names the first leaf that cannot be read, or the whole state if none can."""
+    damaged, readable = [], False
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
+        for name, leaf in abstract.items():
+            item = _nest({name: leaf})
+            arguments = ocp.checkpoint_utils.construct_restore_args(item)
+            try:
+                reader.restore(
+                    path / "state",
+                    args=ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True),
+                )
+                readable = True
+            except Exception:
+                damaged.append(name)
+            if readable and damaged:
+                return f"leaf {damaged[0]!r}"
+    return "the state"
+
+
+def _key_name(entry: Any) -> str:
+    """Returns the bare name of one step of a key path."""
+    for attribute in ("key", "name", "idx"):
+        if hasattr(entry, attribute):
+            return str(getattr(entry, attribute))
+    return str(entry)
+
+
+def _named_leaves(tree: Any) -> dict[str, Any]:
+    """Returns the leaves by their path, such as `params/head/kernel`, in the order of the tree."""
+    leaves: dict[str, Any] = {}
+    stored: set[str] = set()
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        name = "/".join(_key_name(entry) for entry in path)
+        flat = name.replace("/", ".")  # the name of the array on disk
+        if not name or flat in stored:
+            raise ValueError(f"state leaves must have distinct names, got {name!r} twice or empty; rename one of them")
+        stored.add(flat)
+        leaves[name] = leaf
+    return leaves
+
+
+def _nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Turns leaves by path into nested dicts, so that a plain Orbax reader sees `params`, `opt_state`, ..."""
+    tree: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *parents, last = name.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
+
+
+def _flatten_names(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Undoes `_nest`."""
+    leaves: dict[str, Any] = {}
+    for name, node in tree.items():
+        leaves.update(_flatten_names(node, f"{prefix}{name}/") if isinstance(node, Mapping) else {prefix + name: node})
+    return leaves
+
+
+def _is_key(dtype: Any) -> bool:
+    """Tells typed random keys from numbers."""
+    return jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def _without_keys(leaf: jax.Array) -> jax.Array:
+    """Replaces typed random keys by their words."""
+    return jax.random.key_data(leaf) if _is_key(leaf.dtype) else leaf
+
+
+def _with_keys(array: jax.Array, like: Any) -> jax.Array:
+    """Undoes `_without_keys`."""
+    if not _is_key(like.dtype):
+        return array
+    return jax.random.wrap_key_data(array, impl=jax.random.key_impl(_empty_key(like)))
+
+
+def _empty_key(like: Any) -> jax.Array:
+    """Returns a key array of no elements with the implementation of an abstract one."""
+    return jax.numpy.empty((0,), dtype=like.dtype)
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Returns what to ask Orbax for."""
+    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shape, dtype = tuple(leaf.shape), leaf.dtype
+    if _is_key(dtype):
+        data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(shape, dtype))
+        shape, dtype = data.shape, data.dtype
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def _check_structure(path: epath.Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises if a checkpoint holds another state than the one asked for."""
+    remedy = "use the model and optimiser it was saved with, or another directory"
+    for name, leaf in wanted.items():
+        if name not in stored:
+            raise ValueError(f"checkpoint {path} must hold leaf {name!r}, but has no such leaf; {remedy}")
+        for field, value in (("shape", list(leaf.shape)), ("dtype", str(leaf.dtype))):
+            if stored[name][field] != value:
+                raise ValueError(
+                    f"checkpoint {path} must hold leaf {name!r} with {field} {value}, "
+                    f"got {stored[name][field]}; {remedy}"
+                )
+    for name in stored:
+        if name not in wanted:
+            raise ValueError(f"checkpoint {path} must not hold leaf {name!r}, which the state lacks; {remedy}")
+
+
+def _digests(arrays: Mapping[str, jax.Array]) -> list[str]:
+    """Returns the digest of every array, equal on every process and for every sharding.
+
+    NumPy on the shards rather than a jitted reduction: it compiles nothing, and it adds no collective that could
+    interleave with a training step still in flight.
+    """
+    mask = (1 << 64) - 1
+
+    def local_sum(array: jax.Array) -> int:
+        total = 0
+        for shard in array.addressable_shards:
+            if shard.replica_id == 0:  # exactly one copy of every element, over all processes
+                total += _weighted_sum(np.asarray(shard.data), shard.index, array.shape)
+        return total & mask
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # NumPy releases the interpreter lock
+        sums = list(pool.map(local_sum, arrays.values()))
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        halves = np.array([(total >> 32, total & 0xFFFFFFFF) for total in sums], np.uint32).reshape(-1, 2)
+        gathered = np.asarray(multihost_utils.process_allgather(halves)).astype(object)
+        sums = [int(total) & mask for total in ((gathered[..., 0] * (1 << 32)) + gathered[..., 1]).sum(axis=0)]
+    return [f"{total:016x}" for total in sums]
+
+
+def _weighted_sum(block: np.ndarray, index: tuple[slice, ...], shape: tuple[int, ...]) -> int:
+    """Returns the weighted sum, modulo 2^64, of the words of a block that lies at `index` in an array of `shape`."""
+    if block.size == 0:
+        return 0
+    size = block.dtype.itemsize
+    words = 1 if size <= 4 else size // 4
+    unsigned = np.dtype(f"u{min(size, 4)}")
+    # Rows are the last axis, contiguous in the global order; all axes before it are one list of rows.
+    block = np.ascontiguousarray(block).reshape(-1, block.shape[-1] if block.ndim else 1).view(unsigned)
+    starts = [place.start or 0 for place in index]
+    rows = np.zeros(1, np.uint64)
+    for axis in range(len(shape) - 1):
+        extent = (index[axis].stop if index[axis].stop is not None else shape[axis]) - starts[axis]
+        places = np.arange(starts[axis], starts[axis] + extent, dtype=np.uint64)
+        rows = (rows[:, None] * np.uint64(shape[axis]) + places[None, :]).reshape(-1)
+    width = shape[-1] if shape else 1
+    rows *= np.uint64(width * words)
+    first = (starts[-1] if shape else 0) * words
+    total = 0
+    for column, column_end in _spans(block.shape[1], 1 << 15):
+        places = np.arange(first + column, first + column_end, dtype=np.uint64)
+        for row, row_end in _spans(len(rows), max(1, (1 << 15) // len(places))):
+            weights = rows[row:row_end, None] + places[None, :]
+            weights += np.uint64(1)
+            weights *= np.uint64(0x9E3779B97F4A7C15)
+            weights ^= weights >> np.uint64(29)
+            weights *= np.uint64(0xBF58476D1CE4E5B9)
+            weights ^= weights >> np.uint64(32)
+            weights |= np.uint64(1)
+            weights *= block[row:row_end, column:column_end]
+            total += int(weights.sum(dtype=np.uint64))
+    return total
+
+
+def _spans(length: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yields the bounds of consecutive pieces."""
+    for start in range(0, length, size):
+        yield start, min(start + size, length)
+
+
+def _as_json(value: Mapping[str, Any], what: str) -> Any:
+    """Returns a value as JSON gives it back."""
+    try:
+        return json.loads(json.dumps(dict(value), default=_plain))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{what} must hold only what JSON can, got {value!r} ({error}); use numbers, text, lists"
+        ) from None
+
+
+def _plain(value: Any) -> Any:
+    """Turns NumPy and JAX scalars and small arrays into plain numbers and lists."""
+    if isinstance(value, np.generic | np.ndarray | jax.Array):
+        return np.asarray(value).tolist()
+    raise TypeError(f"{type(value).__name__} is not JSON")
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    """Returns the SHA-256 of JSON content in a canonical form."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    """Returns the type of an error and the start of its message."""
+    lines = str(error).split(". See full TensorStore details")[0].strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def _is_device_failure(error: BaseException) -> bool:
+    """Tells a failing device, such as one out of memory, from an unreadable file."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, jax.errors.JaxRuntimeError):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def _agree(problem: str | None) -> None:
+    """Raises on every process if any of them has a problem, so that all walk back together."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        troubled = np.asarray(multihost_utils.process_allgather(np.asarray(problem is not None))).reshape(-1)
+        if troubled.any() and problem is None:
+            problem = f"process {int(troubled.argmax())} cannot read it"
+    if problem is not None:
+        raise _DamageError(problem)
+
+
+def _synchronise(name: str) -> None:
+    """Waits for all processes."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(f"checkpoint_{name}")
