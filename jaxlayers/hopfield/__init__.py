@@ -1,0 +1,7 @@
+"""Associative memories: modern Hopfield networks and what is built of them."""
+
+from jaxlayers.hopfield.hopfield import Hopfield as Hopfield
+from jaxlayers.hopfield.hopfield import HopfieldBagClassifier as HopfieldBagClassifier
+from jaxlayers.hopfield.hopfield import HopfieldClassifier as HopfieldClassifier
+from jaxlayers.hopfield.hopfield import HopfieldLayer as HopfieldLayer
+from jaxlayers.hopfield.hopfield import HopfieldPooling as HopfieldPooling
