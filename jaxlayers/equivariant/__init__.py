@@ -1,0 +1,7 @@
+"""Layers whose claim is a symmetry: one file a paper."""
+
+from jaxlayers.equivariant.frame_averaging import FrameAveraging as FrameAveraging
+from jaxlayers.equivariant.frame_averaging import FrameGNN as FrameGNN
+from jaxlayers.equivariant.frame_averaging import ParticleGNN as ParticleGNN
+from jaxlayers.equivariant.frame_averaging import PointNet as PointNet
+from jaxlayers.equivariant.frame_averaging import frame_pointnet as frame_pointnet
