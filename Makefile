@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 CPU := JAX_PLATFORMS=cpu
-DEVICES := XLA_FLAGS=--xla_force_host_platform_device_count=8
+WORKERS ?= 2
 
 # One stamp a set of extras, so that a target installs only what it needs and only once.
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock
@@ -45,19 +45,19 @@ train: $(VENV)/.train
 	$(BIN)/python -m train configs/swin_digits.py --devices 8
 
 test: $(VENV)/.test
-	$(CPU) $(DEVICES) $(BIN)/python -m pytest
+	$(CPU) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 test-all: $(VENV)/.test parity
-	$(CPU) $(DEVICES) $(BIN)/python -m pytest -m "not tpu"
+	$(CPU) JAXLAYERS_TEST_OPTIMIZED=1 $(BIN)/python -m pytest -m "not tpu" -n $(WORKERS) --dist loadgroup
 	newest=$$($(PYTHON) tools/check_python.py --newest); \
 	$(MAKE) test PYTHON=$$newest VENV=$(VENV)-newest
 
 test-tpu: $(VENV)-tpu/.ready
-	$(CPU) $(DEVICES) TPU_SKIP_MDS_QUERY=1 TPU_ACCELERATOR_TYPE=v5litepod-16 TPU_WORKER_HOSTNAMES=localhost \
+	$(CPU) TPU_SKIP_MDS_QUERY=1 TPU_ACCELERATOR_TYPE=v5litepod-16 TPU_WORKER_HOSTNAMES=localhost \
 	ALLOW_MULTIPLE_LIBTPU_LOAD=1 $(VENV)-tpu/bin/python -m pytest -m tpu tests/conformance_test.py
 
 parity: $(VENV)/.parity
-	$(CPU) $(DEVICES) $(BIN)/python -m pytest tests/parity
+	$(CPU) $(BIN)/python -m pytest tests/parity
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -70,7 +70,7 @@ format: $(VENV)/.test
 	$(BIN)/ruff format .
 
 golden: $(VENV)/.test
-	$(CPU) $(DEVICES) $(BIN)/python -m pytest tests/conformance_test.py -k parameter_tree --regenerate-golden
+	$(CPU) $(BIN)/python -m pytest tests/conformance_test.py -k parameter_tree --regenerate-golden
 
 catalogue: $(VENV)/.test
 	$(CPU) $(BIN)/python -m tools.catalogue

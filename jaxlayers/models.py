@@ -8,14 +8,14 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import flax.linen as nn
 import jax
 
-import jaxlayers
-
+_ROOT = Path(__file__).parent
 # Floors below the families: they hold no papers.
 _NOT_FAMILIES = frozenset({"core", "geometry", "ops", "kernels", "nn", "testing"})
 # What Linen adds to every module's own fields.
@@ -24,7 +24,7 @@ _LINEN_FIELDS = frozenset({"parent", "name"})
 
 def families() -> list[str]:
     """Return the names of the rooms that hold papers, sorted."""
-    packages = [info.name for info in pkgutil.iter_modules(jaxlayers.__path__) if info.ispkg]
+    packages = [info.name for info in pkgutil.iter_modules([str(_ROOT)]) if info.ispkg]
     return sorted(name for name in packages if name not in _NOT_FAMILIES)
 
 

@@ -31,7 +31,10 @@ def collect_cases():
 
 
 CASES = collect_cases()
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+# One case's checks share its variables, so they stay in one worker process.
+every_case = pytest.mark.parametrize(
+    "case", [pytest.param(case, id=case.name, marks=pytest.mark.xdist_group(case.name)) for case in CASES]
+)
 
 
 def test_case_names_are_unique():

@@ -78,6 +78,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlayers.testing import Symmetry
+
 Batch = Mapping[str, Any]
 Transform = Callable[[dict[str, np.ndarray], np.random.Generator], dict[str, np.ndarray]]
 
@@ -247,7 +249,7 @@ class Config:
     mode: Literal["max", "min"] = "max"
     labels: tuple[str, ...] | None = None
     extra_tests: Mapping[str, Records] = dataclasses.field(default_factory=dict)
-    symmetries: Sequence[Any] = ()
+    symmetries: Sequence[Symmetry] = ()
     symmetry_examples: int = 16
     baselines: Callable[[], Mapping[str, float]] | None = None
     rivals: Mapping[str, nn.Module] = dataclasses.field(default_factory=dict)

@@ -137,9 +137,12 @@ def symmetry_curves(
         # The group acts in float64.
         return outputs(*(jnp.asarray(x, like.dtype) for x, like in zip(given, inputs, strict=True)))
 
-    return {
-        symmetry.group.name: equivariance_error(
+    curves = {}
+    for symmetry in symmetries:
+        name = symmetry.group.name
+        if name in curves:  # the same group, acting in another way
+            name = f"{name} on {', '.join(str(representation) for representation in symmetry.inputs)}"
+        curves[name] = equivariance_error(
             fn, symmetry.group, *inputs, representations=symmetry.inputs, output=symmetry.output
         )
-        for symmetry in symmetries
-    }
+    return curves

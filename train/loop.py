@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -151,6 +152,11 @@ class Plan:
     evaluation_step: Callable[[Any, Any, Any], dict[str, Any]]
 
     @property
+    def parameters(self) -> int:
+        """The number of parameters of the model."""
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.abstract.params))
+
+    @property
     def eval_batch_size(self) -> int:
         """The batch size of evaluation."""
         return self.config.eval_batch_size or self.config.batch_size
@@ -267,8 +273,7 @@ def begin(plan: Plan, workdir: Path, stack: contextlib.ExitStack, *, silent: boo
     bar = progress.Progress(start=start, steps=config.steps, batch_size=config.batch_size, silent=silent or not first)
     log = progress.Log(workdir if first else None, start)
     stack.callback(log.close)
-    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(plan.abstract.params))
-    bar.say(f"{workdir}: {parameters:,} parameters; mesh {meshes.describe(plan.mesh)}")
+    bar.say(f"{workdir}: {plan.parameters:,} parameters; mesh {meshes.describe(plan.mesh)}")
     for change in progress.write_notes(workdir, described) if first else []:
         bar.say(f"note: {change}")
     if restored is not None:
@@ -310,7 +315,8 @@ def take_steps(plan: Plan, run: Run, stop: Callable[[], int], stack: contextlib.
     one_in_flight = mesh.devices.flat[0].platform == "cpu"
     reader = Reader(run, config)
     with run.bar:
-        if _due(run.step, config.eval_every) and test_data is not None and not run.log.has(run.step, "test/"):
+        missed = _due(run.step, config.eval_every) and not run.log.has(run.step, "test/")
+        if test_data is not None and agreed(lambda: int(missed and jax.process_index() == 0)):  # who has the log
             # The earlier run was stopped inside the evaluation of this step.
             found = measure(plan, run, test_data, stop)
             if found is None:
@@ -454,7 +460,7 @@ def finish(plan: Plan, run: Run, stop: Callable[[], int]) -> Result | None:
             return None
         run.bar.say(f"rival: {name}")
         rival = dataclasses.replace(config, model=model, rivals={}, baselines=None, title=name)
-        folder = run.workdir / "rivals" / name.replace(" ", "_")
+        folder = run.workdir / "rivals" / re.sub(r"[^\w.-]+", "_", name)
         result = train(rival, folder, devices=list(plan.mesh.devices.flat), stop=stop, silent=run.bar.silent)
         if result.signal:
             return None
@@ -469,7 +475,8 @@ def finish(plan: Plan, run: Run, stop: Callable[[], int]) -> Result | None:
             beside |= config.baselines()
         for line in progress.table(metrics, beside):
             run.bar.say(line)
-        summary = {"step": run.step, **metrics}
+        summary: dict[str, Any] = {"step": run.step, "parameters": plan.parameters, "mesh": meshes.describe(plan.mesh)}
+        summary |= metrics
         summary |= {f"largest error under {name}": float(np.max(curve.errors)) for name, curve in curves.items()}
         (run.workdir / "summary.json").write_text(json.dumps({"result": summary, "beside": beside}, indent=2) + "\n")
         from train.report import write_report  # Matplotlib takes seconds to load, and only a complete run needs it

@@ -102,13 +102,11 @@ class Progress:
         self._seen, self._rate, self._clock, self._printed = start, 0.0, 0.0, -math.inf
         if self._console.is_terminal and not silent:
             self._bar = rich.progress.Progress(
-                rich.progress.TextColumn("step"),
                 rich.progress.MofNCompleteColumn(),
-                rich.progress.BarColumn(),
+                rich.progress.BarColumn(bar_width=14),  # all of it fits 80 characters
                 rich.progress.TextColumn("{task.fields[rate]}"),
-                rich.progress.TimeElapsedColumn(),
                 rich.progress.TextColumn("eta"),
-                rich.progress.TimeRemainingColumn(elapsed_when_finished=False),
+                rich.progress.TimeRemainingColumn(),
                 rich.progress.TextColumn("{task.fields[metrics]}"),
                 console=self._console,
             )
@@ -139,17 +137,16 @@ class Progress:
             self._seen = step
         self._clock = now
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, rate=f"{self._rate:,.0f} examples/s")
+            self._bar.update(self._task, completed=step, rate=f"{self._rate:,.0f} ex/s")
         return self._rate
 
     def show(self, step: int, values: Mapping[str, float], *, always: bool = False) -> None:
         """Show metrics on the bar, or as a plain line unless the last one is too recent (`always`: even then)."""
         text = words(values)
-        if self._bar is not None:
+        if self._bar is not None and not always:
             self._bar.update(self._task, metrics=text)
-            if not always:
-                return
-        elif not always and time.perf_counter() - self._printed < self.QUIET_SECONDS:
+            return
+        if not always and time.perf_counter() - self._printed < self.QUIET_SECONDS:
             return
         self._printed = time.perf_counter()
         if step < self._steps and self._rate:

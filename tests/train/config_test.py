@@ -82,11 +82,11 @@ def test_overrides_apply_in_turn(config):
     [
         (
             "modle.depths=1",
-            "Config has no field 'modle'; the nearest is 'mode' or 'model'; its fields are model, task, ",
+            "Config has no field 'modle'; the nearest is 'mode' or 'model'; its fields are model, ",
         ),
         (
             "model.depth=3",
-            "Model has no field 'depth'; the nearest is 'depths' or 'width'; its fields are depths, stem",
+            "Model has no field 'depth'; the nearest is 'depths' or 'width'; its fields are depths, ",
         ),
         ("optim.lr=1", "the nearest is 'learning_rate'"),
         ("model.stem.feature=1", "Stem has no field 'feature'; the nearest is 'features'; its fields are features$"),

@@ -13,6 +13,7 @@ from train.config import MeshShape
 from train.data import arrays, evaluation_batches
 
 COUNT, CLASSES = 37, 3
+REST = MeshShape()
 
 
 class Linear(nn.Module):
@@ -33,7 +34,7 @@ def columns():
     }
 
 
-def run(model, task, columns, *, batch_size, shape=MeshShape(), devices=None, poison=None, stop=lambda: 0):
+def run(model, task, columns, *, batch_size, shape=REST, devices=None, poison=None, stop=lambda: 0):
     mesh = meshes.build(shape, devices)
     params = model.init(jax.random.key(0), jnp.asarray(columns["x"]))["params"]
     places = jax.tree.map(lambda _: meshes.replicated(mesh), params)
@@ -51,7 +52,10 @@ def run(model, task, columns, *, batch_size, shape=MeshShape(), devices=None, po
 CLASSIFY = tasks.classification(CLASSES, inputs=("x",), label_smoothing=0.3)
 
 
-@pytest.mark.parametrize(("batch_size", "shape", "count"), [(37, MeshShape(), 1), (8, MeshShape(), 8), (16, MeshShape(2, 2, 1, 2), 8), (64, MeshShape(-1, 2), 8)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("batch_size", "shape", "count"),
+    [(37, REST, 1), (8, REST, 8), (16, MeshShape(2, 2, 1, 2), 8), (64, MeshShape(-1, 2), 8)],
+)
 def test_metrics_and_confusion_equal_numpy_for_any_batch_size_and_mesh(columns, batch_size, shape, count):
     params, result = run(Linear(), CLASSIFY, columns, batch_size=batch_size, shape=shape, devices=jax.devices()[:count])
     kernel, bias = (np.asarray(params["Dense_0"][name], np.float64) for name in ("kernel", "bias"))
@@ -111,9 +115,7 @@ def test_logits_of_the_wrong_width_are_refused(columns):
         run(Linear(2), CLASSIFY, columns, batch_size=8)
     with pytest.raises(ValueError, match=r"prediction has shape \(8, 3\), which must be that of 'target', \(8, 2\)"):
         run(Linear(3), tasks.regression(inputs=("x",)), columns, batch_size=8)
-    with pytest.raises(
-        ValueError, match=r"no field 'image'; set the task's fields to some of \['label', 'target', 'x'\]"
-    ):
+    with pytest.raises(ValueError, match=r"no field 'image'; set .* to some of \['label', 'target', 'x'\]"):
         run(Linear(3), tasks.classification(3), columns, batch_size=8)
 
 

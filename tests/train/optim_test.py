@@ -1,5 +1,7 @@
 """Schedules at their corners, and which parameters are decayed, slowed and clipped."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +38,7 @@ def test_schedules_rise_to_the_peak_and_end_where_they_should(name, last):
     rate = optim.schedule(Optim(learning_rate=2.0, schedule=name, warmup_steps=4, final_fraction=0.1), 40)
     values = [float(rate(step)) for step in range(41)]
     np.testing.assert_allclose(values[:5], [0.5, 1.0, 1.5, 2.0, 2.0], rtol=1e-6)
-    assert all(later <= earlier for earlier, later in zip(values[4:], values[5:], strict=False))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(values[4:]))
     np.testing.assert_allclose(values[40], 2.0 * last, rtol=1e-5)
 
 
@@ -80,7 +82,7 @@ def test_layer_decay_slows_early_layers_by_a_power(params):
 
 def test_clipping_bounds_the_global_norm_and_keeps_the_direction(params):
     gradients = jax.tree.map(lambda leaf: 100.0 * jnp.ones_like(leaf), params)
-    base = dict(name="sgd", b1=0.0, weight_decay=0.0, learning_rate=1.0, schedule="constant")
+    base = {"name": "sgd", "b1": 0.0, "weight_decay": 0.0, "learning_rate": 1.0, "schedule": "constant"}
     clipped, free = (updates(Optim(**base, clip_norm=norm), params, gradients) for norm in (2.0, None))
     norm = lambda tree: float(optax.global_norm(tree))  # noqa: E731
     np.testing.assert_allclose(norm(clipped), 2.0, rtol=1e-5)

@@ -16,6 +16,7 @@ from train.state import KEYS, BoundModel
 from train.step import abstract, compile_step
 
 STEPS = 6
+REST = MeshShape()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -24,7 +25,7 @@ def _compile_once():
         yield
 
 
-def plan_for(shape=MeshShape(), devices=8):
+def plan_for(shape=REST, devices=8):
     config = dataclasses.replace(load(TINY), test_data=None, metric=None, mesh=shape)
     return prepare(config, jax.devices()[:devices])
 
@@ -65,9 +66,15 @@ def alone(start):
 
 @pytest.mark.parametrize(
     "shape",
-    [MeshShape(data=8), MeshShape(data=1, fsdp=8), MeshShape(data=4, tensor=2), MeshShape(2, 2, 1, 2), MeshShape(2, 1, 2, 2)],
+    [
+        MeshShape(data=8),
+        MeshShape(data=1, fsdp=8),
+        MeshShape(data=4, tensor=2),
+        MeshShape(data=2, fsdp=2, tensor=2),
+        MeshShape(data=2, sequence=2, tensor=2),
+    ],
     ids=["data", "fsdp", "tensor", "data-fsdp-tensor", "data-sequence-tensor"],
-)  # fmt: skip
+)
 def test_eight_devices_give_the_loss_curve_of_one(start, alone, shape):
     losses, state = curve(plan_for(shape), start[1])
     np.testing.assert_allclose(losses, alone[0], rtol=0, atol=2e-5)
