@@ -1,8 +1,8 @@
 """Recognise simulated solids in any pose after seeing them in one: PointNet averaged over frames, beside the bare one.
 
 Command:  python -m train configs/frame_averaging_points.py
-Expected: test accuracy 0.9989 turned and 0.9989 upright; the bare PointNet 1.0000 upright and 0.1011 turned, the chance of
-          nine classes. Under three minutes of processor time on two CPU cores for both.
+Expected: test accuracy 0.9989 turned and 0.9989 upright; the bare PointNet 1.0000 upright and 0.1011 turned, the chance
+          of nine classes. Under three minutes of processor time on two CPU cores for both.
 
 Nine classes of surfaces, stretched at random along their axes, are sampled with noise. Training clouds all stand
 in the same pose; the test set turns each by a random rotation of SO(3) and moves it. Two of the classes are mirror

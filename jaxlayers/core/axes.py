@@ -3,7 +3,8 @@
 Layers say *what* an axis is; `train/mesh.py` says where it goes on the device mesh.
 """
 
-from typing import TypeVar
+import math
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
@@ -29,8 +30,9 @@ def constrain(x: _A, *names: str | None) -> _A:
     """Tell the partitioner which logical axes `x` has, counted from the right.
 
     Fewer names than axes leave the leading axes open. Without a mesh (`jax.set_mesh`) and logical rules
-    (`flax.linen.logical_axis_rules`) in scope it returns `x` itself. Flax replicates silently on a misspelt name
-    or a list of the wrong rank; this function refuses both.
+    (`flax.linen.logical_axis_rules`) in scope it returns `x` itself. An axis that does not divide over its mesh axes
+    stays whole: the maps of a pyramid halve until they no longer do. Flax replicates silently on a misspelt name or a
+    list of the wrong rank; this function refuses both.
 
     Args:
       x: array of any rank.
@@ -47,7 +49,15 @@ def constrain(x: _A, *names: str | None) -> _A:
         raise ValueError(f"logical axis {unknown[0]!r} is unknown; use one of {sorted(NAMES)}")
     if len(names) > x.ndim:
         raise ValueError(f"{len(names)} axis names {names} need an array of at least that rank; got shape {x.shape}")
-    if not nn.get_logical_axis_rules():
+    mesh = jax.sharding.get_abstract_mesh()
+    if not nn.get_logical_axis_rules() or mesh.empty:
         return x
     leading = (None,) * (x.ndim - len(names))
-    return nn.with_logical_constraint(x, (*leading, *names))
+    spec = nn.logical_to_mesh_axes((*leading, *names))
+    return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(*map(_dividing, spec, x.shape, [mesh] * x.ndim)))
+
+
+def _dividing(entry: str | tuple[str, ...] | None, size: int, mesh: jax.sharding.AbstractMesh) -> Any:
+    """Return the mesh axes of one array axis, or `None` where they do not divide its size."""
+    mesh_axes = (entry,) if isinstance(entry, str) else entry or ()
+    return entry if size % math.prod(mesh.shape[axis] for axis in mesh_axes) == 0 else None

@@ -1,4 +1,8 @@
-"""Swin Transformer: a pyramid of transformer blocks that attend within shifted windows."""
+"""Swin Transformer: a pyramid of transformer blocks that attend within shifted windows.
+
+Longer than most files, since layers, model, what is done to its parameters (resizing, stacking, labels) and the names of
+five reference dialects belong to one paper.
+"""
 
 import collections
 import functools

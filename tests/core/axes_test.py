@@ -29,3 +29,9 @@ def test_misspelt_names_and_wrong_ranks_are_refused(names, match):
     # Flax would replicate without a word.
     with pytest.raises(ValueError, match=match):
         axes.constrain(jnp.ones((8, 4)), *names)
+
+
+def test_an_axis_that_does_not_divide_stays_whole():
+    with jax.set_mesh(mesh()), nn.logical_axis_rules(RULES):
+        x = jax.jit(lambda x: axes.constrain(x, axes.BATCH, axes.FEATURES))(jnp.ones((8, 7)))
+    assert x.sharding.spec == P("data")
