@@ -115,7 +115,8 @@ def documented_fields(docstring):
     section = re.search(r"^Attributes:\n((?:[ ]+.*\n?|\n)*)", docstring, re.MULTILINE)
     if section is None:
         return []
-    return re.findall(r"^[ ]{2,4}(\w+):", section.group(1), re.MULTILINE)
+    indent = re.match(r"[ ]+", section.group(1)).group()  # deeper lines go on with the entry above
+    return re.findall(rf"^{indent}(\w+):", section.group(1), re.MULTILINE)
 
 
 def test_field_parser_sees_a_missing_field():

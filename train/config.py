@@ -17,7 +17,7 @@
 
     def config(smoke: bool = False) -> Config:
         return Config(
-            model=Swin(num_classes=10, depths=(2, 2)),
+            model=Swin(num_classes=10, patch_size=2, embed_dim=48, depths=(2, 2), num_heads=(4, 8), window_size=2),
             task=classification(10, inputs=("image",), label="label", label_smoothing=0.1),
             train_data=digits("train"),
             test_data=digits("test"),
@@ -283,7 +283,8 @@ def load(path: str | Path, *, smoke: bool = False) -> Config:
     """
     path = Path(path)
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, sorted(p.name for p in path.parent.glob("*.py")), n=3, cutoff=0.4)
+        others = sorted(other.name for other in path.parent.glob("[!_]*.py"))
+        near = difflib.get_close_matches(path.name, others, n=3, cutoff=0.4)
         hint = f"; did you mean {' or '.join(str(path.parent / name) for name in near)}?" if near else ""
         raise ValueError(f"there is no config file {path}{hint}")
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)

@@ -387,7 +387,7 @@ class Reader:
         step, metrics = self._pending
         self._pending = None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        self.stopped = self.stopped or int(values.pop(steps.STOP, 0))
+        self.stopped = int(values.pop(steps.STOP, 0)) or self.stopped
         rate = self._run.bar.update(step)
         bad = [name for name in ("loss", "gradient_norm") if not math.isfinite(values[name])]
         if bad or _due(step, self._config.log_every) or step == self._config.steps:

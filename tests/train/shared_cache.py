@@ -1,4 +1,4 @@
-"""Compiled programs that the tests of the trainer, and the processes they start, share for the time of one session."""
+"""Compiled programs that the tests of the trainer, and the processes they start, share for the time of one test run."""
 
 import atexit
 import contextlib
@@ -13,7 +13,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 @functools.cache
 def directory() -> str:
-    """Return the directory, which is removed at the end of the session."""
+    """Return the directory, which is removed at the end of the test run."""
     path = tempfile.mkdtemp(prefix="jaxlayers-compiled-")
     atexit.register(shutil.rmtree, path, ignore_errors=True)
     return path
