@@ -53,8 +53,9 @@ def constrain(x: _A, *names: str | None) -> _A:
     if not nn.get_logical_axis_rules() or mesh.empty:
         return x
     leading = (None,) * (x.ndim - len(names))
-    spec = nn.logical_to_mesh_axes((*leading, *names))
-    return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(*map(_dividing, spec, x.shape, [mesh] * x.ndim)))
+    spec = nn.logical_to_mesh_axes((*leading, *names)) or ()
+    entries = (_dividing(entry, size, mesh) for entry, size in zip(spec, x.shape, strict=True))
+    return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(*entries))
 
 
 def _dividing(entry: str | tuple[str, ...] | None, size: int, mesh: jax.sharding.AbstractMesh) -> Any:

@@ -1,7 +1,7 @@
 """Swin Transformer: a pyramid of transformer blocks that attend within shifted windows.
 
-Longer than most files, since layers, model, what is done to its parameters (resizing, stacking, labels) and the names of
-five reference dialects belong to one paper.
+Longer than most files, since layers, model, what is done to its parameters (resizing, stacking, labels) and the names
+of five reference dialects belong to one paper.
 """
 
 import collections
