@@ -49,7 +49,7 @@ def association(
       ValueError: if the widths of the patterns differ or a plain number `beta` is negative.
     """
     logits = _logits(state, stored, beta)
-    return attention_weights(logits, mask=None if mask is None else jnp.broadcast_to(mask, logits.shape))
+    return attention_weights(logits, mask=None if mask is None else _fit_mask(mask, logits.shape))
 
 
 def update(
@@ -92,8 +92,7 @@ def energy(
         raise ValueError(f"beta={beta} must be positive for an energy, which divides by it; set beta")
     logits = _logits(state, stored, beta)
     inverse = 1 / jnp.asarray(beta, logits.dtype)
-    allowed = jnp.ones((1, 1), bool) if mask is None else mask
-    allowed = jnp.broadcast_to(allowed, logits.shape)
+    allowed = jnp.ones(logits.shape, bool) if mask is None else _fit_mask(mask, logits.shape)
     some = jnp.any(allowed, axis=-1)
     # A fully masked row would be -inf + inf, and its gradient NaN: let it see everything, then take it out.
     safe = allowed | ~some[..., None]
@@ -106,7 +105,7 @@ def energy(
 
 
 def separation(stored: Float[Array, "*batch patterns features"]) -> Float[Array, "*batch patterns"]:
-    """Return Delta_i = x_i^T x_i - max over j != i of x_i^T x_j (Eq. 4) of every stored pattern.
+    """Return Delta_i = x_i^T x_i - max over j != i of x_i^T x_j (Eq. 5) of every stored pattern.
 
     Raises:
       ValueError: if there are fewer than two patterns.
@@ -126,7 +125,7 @@ def retrieval_error_bound(
     *,
     beta: float | int,
 ) -> Float[Array, "*batch patterns"]:
-    """Return 2 (N - 1) M exp(-beta (Delta_i - 2 M distance_i)), which ||f(xi) - x_i|| never exceeds (Theorem 5).
+    """Return 2 (N - 1) M exp(-beta (Delta_i - 2 M distance_i)), which ||f(xi) - x_i|| never exceeds (Theorem 5, Eq. 8).
 
     Args:
       stored: the N patterns x_i; M is their largest norm and Delta_i their `separation`.
@@ -159,7 +158,7 @@ class StorageCapacity(NamedTuple):
 def storage_capacity(
     features: int, *, beta: float, radius_factor: float, failure_probability: float
 ) -> StorageCapacity:
-    """Return how many random patterns on a sphere are proved to be storable, exponential in their width (Theorem 3).
+    """Return how many random patterns on a sphere are proved to be storable, exponential in their width (Eq. 4).
 
     Args:
       features: width d of the patterns.
@@ -257,7 +256,8 @@ class Hopfield(nn.Module):
 
     Symmetry:
       Permutations of the stored patterns (with their values and masks): invariant. Permutations of the state
-      patterns: equivariant. So self-association, `Hopfield()(x)`, is equivariant. Exact.
+      patterns: equivariant. So self-association, `Hopfield()(x)`, is equivariant. In static mode without norms also
+      equivariant to rotations and reflections of the pattern space. Exact.
 
     Attributes:
       num_heads: associations side by side.
@@ -302,7 +302,7 @@ class Hopfield(nn.Module):
       (4, 7, 16)
 
     Source:
-      Ramsauer et al., "Hopfield Networks is All You Need", ICLR 2021, Eqs. 2-5 and 10; code: ml-jku/hopfield-layers.
+      Ramsauer et al., "Hopfield Networks is All You Need", ICLR 2021, Eqs. 1-10; code: ml-jku/hopfield-layers.
 
     Differs:
       Values are V = Y W_V (the default of the reference code) where Eq. 10 has Y W_K W_V. A state stops alone, where
@@ -361,6 +361,9 @@ class Hopfield(nn.Module):
         """
         inputs_k = inputs_q if inputs_k is None else inputs_k
         inputs_v = inputs_k if inputs_v is None else inputs_v
+        for name, x in (("inputs_q", inputs_q), ("inputs_k", inputs_k), ("inputs_v", inputs_v)):
+            if x.ndim < 2:
+                raise ValueError(f"{name} has shape {x.shape} and must be [*batch, patterns, features]; add an axis")
         if inputs_k.shape[-2] != inputs_v.shape[-2]:
             raise ValueError(
                 f"inputs_v has {inputs_v.shape[-2]} values and inputs_k {inputs_k.shape[-2]} stored patterns, which "
@@ -372,6 +375,7 @@ class Hopfield(nn.Module):
         value = self._heads("value", value_dim, self.value_norm, "norm_value", inputs_v)
         query, key, value = promote_dtype(query, key, value, dtype=self.dtype)
         if key_mask is not None:
+            key_mask = _fit_mask(key_mask, (*key_mask.shape[:-1], inputs_k.shape[-2]))
             mask = key_mask[..., None, None, :] if mask is None else mask & key_mask[..., None, None, :]
 
         weights, steps = _iterate(query, key, self._betas(head_dim), mask, self.update_steps, self.tolerance)
@@ -398,8 +402,10 @@ class Hopfield(nn.Module):
         unknown = [name for name in self.projections if name not in _PROJECTIONS]
         if unknown:
             raise ValueError(f"projections names {unknown[0]!r}, which must be one of {_PROJECTIONS}; set projections")
-        if self.num_heads < 1:
-            raise ValueError(f"num_heads={self.num_heads} must be at least 1; set num_heads")
+        for name in ("num_heads", "head_dim", "value_dim", "out_features"):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise ValueError(f"{name}={size} must be at least 1; set {name}")
         static = {name: width for name, width in (("query", state), ("key", stored)) if name not in self.projections}
         if self.head_dim is not None:
             head_dim = self.head_dim
@@ -444,7 +450,7 @@ class Hopfield(nn.Module):
         if not all(0 <= one < math.inf for one in betas):
             raise ValueError(f"beta={self.beta} must be finite and at least 0; set beta")
         if not self.learn_beta:
-            return jnp.asarray(betas, jnp.float32)
+            return jnp.asarray(betas, jnp.result_type(float))
         if not all(betas):
             raise ValueError(f"beta={self.beta} must be positive to be learned through its logarithm; set beta")
         return jnp.exp(self.param("log_beta", lambda _: jnp.log(jnp.asarray(betas, self.param_dtype))))
@@ -659,6 +665,8 @@ class HopfieldClassifier(nn.Module):
         """
         if self.depth < 0:
             raise ValueError(f"depth={self.depth} must be at least 0; set depth")
+        if self.features < 1:
+            raise ValueError(f"features={self.features} must be at least 1; set features")
         x = _dense(self, "embed", self.features)(inputs)[..., None, :]
         for index in range(self.depth):
             # The copy must not keep `self.memory`'s own association, or all layers would share one.
@@ -736,6 +744,8 @@ class HopfieldBagClassifier(nn.Module):
         Raises:
           ValueError: if a field is out of range or widths don't fit.
         """
+        if self.features < 1:
+            raise ValueError(f"features={self.features} must be at least 1; set features")
         x = self.activation_fn(_dense(self, "embed", self.features)(inputs))
         x = self.pooling(x, key_mask=key_mask, deterministic=deterministic)
         return _read_out(self, x.reshape(*x.shape[:-2], -1))
@@ -784,6 +794,18 @@ def _logits(state: jax.Array, stored: jax.Array, beta: Any) -> jax.Array:
     dtype = at_least_float32(jnp.promote_types(state.dtype, stored.dtype))
     products = jnp.einsum("...sd,...pd->...sp", state, stored, preferred_element_type=dtype)
     return products * jnp.asarray(beta, dtype)[..., None, None]
+
+
+def _fit_mask(mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Return `mask` broadcast to `shape`; a float mask, which elsewhere may be one that is added, is refused."""
+    if mask.dtype != bool:
+        raise ValueError(f"mask of dtype {mask.dtype} must be bool, True = may be retrieved; pass mask > 0 or the like")
+    try:
+        return jnp.broadcast_to(mask, shape)
+    except ValueError:
+        raise ValueError(
+            f"mask of shape {mask.shape} must broadcast to {shape}, states and patterns last; pass one that does"
+        ) from None
 
 
 def _iterate(

@@ -28,8 +28,8 @@ def merge_heads(x: Float[Array, "*batch heads tokens dim"]) -> Float[Array, "*ba
 def attention_weights(
     logits: Float[Array, "*batch queries keys"],
     *,
-    bias: Float[Array, "*#batch queries keys"] | None = None,
-    mask: Bool[Array, "*#batch queries keys"] | None = None,
+    bias: Float[Array, "*#batch #queries #keys"] | None = None,
+    mask: Bool[Array, "*#batch #queries #keys"] | None = None,
 ) -> Float[Array, "*batch queries keys"]:
     """Return softmax over the last axis of `logits + bias`, in float32 or better, then in the dtype of `logits`.
 

@@ -66,6 +66,8 @@ CASES = (
             BadInput(match=r"beta=\(1.0,\) must have one entry", module=Hopfield(num_heads=2, beta=(1.0,))),
             BadInput(match=r"beta=0 must be positive to be learned", module=Hopfield(beta=0, learn_beta=True)),
             BadInput(match=r"num_heads=0 must be at least 1", module=Hopfield(num_heads=0)),
+            BadInput(match=r"head_dim=0 must be at least 1", module=Hopfield(head_dim=0)),
+            BadInput(match=r"inputs_q has shape \(8,\) and must be", inputs=sets((8,))),
             BadInput(match=r"'keys', which must be one of", module=Hopfield(projections=("keys",))),
         ),
     ),
@@ -726,6 +728,12 @@ def test_functions_refuse_what_does_not_fit():
         retrieve(x, x, beta=1.0, update_steps=2, tolerance=-1)
     with pytest.raises(ValueError, match=r"update_steps=0 must be at least 1"):
         retrieve(x, x, beta=1.0, update_steps=0)
+    with pytest.raises(ValueError, match=r"mask of dtype float32 must be bool"):
+        association(x, x, beta=1.0, mask=jnp.zeros((2, 2)))
+    with pytest.raises(ValueError, match=r"mask of shape \(2, 3\) must broadcast to \(2, 2\)"):
+        energy(x, x, beta=1.0, mask=jnp.ones((2, 3), bool))
+    with pytest.raises(ValueError, match=r"mask of shape \(3,\) must broadcast to \(2,\)"):
+        jax.eval_shape(lambda: Hopfield().init(jax.random.key(0), x, key_mask=jnp.ones(3, bool)))
 
 
 # The reference code, whose outputs are stored. ------------------------------------------------------------------------
