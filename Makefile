@@ -48,7 +48,7 @@ test: $(VENV)/.test
 	$(CPU) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 test-all: $(VENV)/.test parity
-	$(CPU) JAXLAYERS_TEST_OPTIMIZED=1 $(BIN)/python -m pytest -m "not tpu" -n $(WORKERS) --dist loadgroup
+	$(CPU) $(BIN)/python -m pytest -m "not tpu" -n $(WORKERS) --dist loadgroup
 	newest=$$($(PYTHON) tools/check_python.py --newest); \
 	$(MAKE) test PYTHON=$$newest VENV=$(VENV)-newest
 

@@ -3,12 +3,8 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Eight devices; and tests compile much and compute little, so the compiler is told to hurry (`make test-all` isn't).
-FLAGS = {"xla_force_host_platform_device_count": "8"}
-if os.environ.get("JAXLAYERS_TEST_OPTIMIZED", "0") == "0":
-    FLAGS |= {"xla_backend_optimization_level": "0", "xla_llvm_disable_expensive_passes": "true"}
-given = os.environ.get("XLA_FLAGS", "")
-os.environ["XLA_FLAGS"] = " ".join([given, *(f"--{k}={v}" for k, v in FLAGS.items() if k not in given)]).strip()
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 
 import jaxtyping
 import numpy as np

@@ -1,4 +1,7 @@
-"""Frame averaging: any function, averaged over a small frame of group elements, becomes invariant or equivariant."""
+"""Frame averaging: any function, averaged over a small frame of group elements, becomes invariant or equivariant.
+
+Longer than most files, since the wrappers, the module, two backbones and the n-body network belong to one paper.
+"""
 
 import functools
 import inspect
@@ -717,7 +720,7 @@ class FrameGNN(nn.Module):
       with `stop_gradient=True` as there.
     """
 
-    backbone: ParticleGNN = ParticleGNN()
+    backbone: ParticleGNN
     group: str = "E(d)"
     frame: FrameFunction = weighted_frame
 

@@ -14,7 +14,8 @@ import dataclasses
 import functools
 import itertools
 import math
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -89,12 +90,8 @@ def _unflatten_frame(principal: int, leaves: tuple[Any, ...]) -> Frame:
 jax.tree_util.register_pytree_node(Frame, _flatten_frame, _unflatten_frame)
 
 
-class FrameFunction(Protocol):
-    """What computes the Euclidean frame of a point cloud: `principal_frame`, `anchor_frame` or `weighted_frame`."""
-
-    def __call__(self, points: jax.Array, group: str, *, mask: jax.Array | None = None) -> Frame:
-        """Return the frame of `points` for `group`."""
-        ...
+# What computes the frame of points: called as `frame(points, group, mask=mask)`.
+FrameFunction = Callable[..., Frame]
 
 
 # Elements of a frame ------------------------------------------------------------------------------------------------

@@ -292,7 +292,7 @@ def brute_force_orders(keys):
     return {order for order in candidates if [tuple(keys[node]) for node in order] == ordered}
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_permutation_frame_is_all_sorted_orders(seed):
     keys = np.random.default_rng(seed).integers(0, 2, size=(6, 2)).astype(np.float32)
     expected = brute_force_orders(keys)
