@@ -1,7 +1,7 @@
 """Modern Hopfield networks: the energy and its update as plain functions, three layers, and two models built of them.
 
-Patterns are rows here: `stored` is X^T of the paper, `[patterns, features]`, and `state` holds one xi a row. Longer than
-most files, since the theory, the retrieval and the three layers belong to one paper.
+Patterns are rows here: `stored` is X^T of the paper, `[patterns, features]`, and `state` holds one xi a row. Longer
+than most files, since the theory, the retrieval and the three layers belong to one paper.
 """
 
 import functools
