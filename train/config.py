@@ -82,6 +82,7 @@ from jaxlayers.testing import Symmetry
 
 Batch = Mapping[str, Any]
 Transform = Callable[[dict[str, np.ndarray], np.random.Generator], dict[str, np.ndarray]]
+BatchTransform = Callable[[Batch, Any], Batch]
 
 
 class Records(Protocol):
@@ -114,6 +115,9 @@ class Evaluated:
     prediction: Any = None
 
 
+Loss = Callable[[Apply, Batch, Any], tuple[Any, Mapping[str, Any]]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
     """What varies between tasks: the inputs, the loss and the evaluation, as pure functions.
@@ -121,7 +125,9 @@ class Task:
     Attributes:
       inputs: maps a batch to the positional arguments of the model; used to initialise it and for symmetry curves.
       loss: maps `(apply, batch, key)` to the loss of each example, `[batch]`, and to further quantities to log, each
-        `[batch]`; `key` is the JAX key of the step, for losses that need noise.
+        `[batch]`; `key` is the JAX key of the step, for losses that need noise. Or, for a game, a mapping from a
+        top-level name of the parameters (`"generator"`) to the loss that those parameters minimise: every player
+        steps on the gradient of its own loss while the others stand still.
       evaluate: maps `(apply, batch)` to an `Evaluated`.
       keywords: maps a batch to the keyword arguments of the model, in the same uses as `inputs`.
       num_classes: size of the confusion matrix; 0 = none.
@@ -130,7 +136,7 @@ class Task:
     """
 
     inputs: Callable[[Batch], tuple[Any, ...]]
-    loss: Callable[[Apply, Batch, Any], tuple[Any, Mapping[str, Any]]]
+    loss: Loss | Mapping[str, Loss]
     evaluate: Callable[[Apply, Batch], Evaluated]
     keywords: Callable[[Batch], Mapping[str, Any]] = lambda batch: {}
     num_classes: int = 0
@@ -143,7 +149,8 @@ class Optim:
     """The optimiser, its schedule, and which parameters are decayed or slowed.
 
     Attributes:
-      name: "adamw", "sgd" (Nesterov momentum `b1`) or "lion".
+      name: "adamw", "sgd" (Nesterov momentum `b1`), "lion", "adafactor" (factored second moments, no first) or "muon"
+        (orthogonalised momentum for matrices, Adam for the rest).
       learning_rate: its peak.
       schedule: "cosine", "linear", "rsqrt" or "constant" after the warmup; or a function of the number of steps
         that returns an optax schedule (a *factor* of `learning_rate`).
@@ -158,9 +165,11 @@ class Optim:
         scalars and whatever is named like a bias, scale, embedding table or position.
       layer_ids: `path -> int`, the depth of a parameter; needed with `layer_decay`.
       layer_decay: factor of the learning rate per layer of distance from the last one; 1 = none.
+      rates: `(regular expression on the path, factor)`: the first that matches multiplies the learning rate.
+      freeze: regular expressions on the path: parameters that match one are not trained and carry no moments.
     """
 
-    name: Literal["adamw", "sgd", "lion"] = "adamw"
+    name: Literal["adamw", "sgd", "lion", "adafactor", "muon"] = "adamw"
     learning_rate: float = 1e-3
     schedule: str | Callable[[int], Callable[[Any], Any]] = "cosine"
     warmup_steps: int = 0
@@ -173,6 +182,8 @@ class Optim:
     no_decay: Callable[[str, Any], bool] | None = None
     layer_ids: Callable[[str], int] | None = None
     layer_decay: float = 1.0
+    rates: tuple[tuple[str, float], ...] = ()
+    freeze: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,6 +207,32 @@ class MeshShape:
 
 
 @dataclasses.dataclass(frozen=True)
+class StartFrom:
+    """Weights that a new run begins with, leaf by leaf: a backbone under a new head.
+
+    What is loaded must have the name and the shape of a parameter of the model; the rest of the model is left freshly
+    initialised, and the run's log lists what was loaded, skipped and left fresh.
+
+    Attributes:
+      path: a run directory, a directory of checkpoints, one checkpoint in it, or a `.safetensors` file.
+      step: the step of the checkpoint; `None` = the newest that is intact.
+      ema: take the averaged parameters where the checkpoint has them.
+      include: regular expressions on the path *in the model*; only what matches one is loaded. Empty = all.
+      exclude: regular expressions on the path in the model; what matches one stays fresh: `(r"^head/",)`.
+      rename: `(regular expression, replacement)` pairs that turn a stored path into the model's, applied in turn.
+      require: regular expressions on the path in the model; that a match is not loaded is an error.
+    """
+
+    path: str
+    step: int | None = None
+    ema: bool = True
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    rename: tuple[tuple[str, str], ...] = ()
+    require: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Everything that determines a run; the guide is in the module's docstring.
 
@@ -209,14 +246,28 @@ class Config:
       seed: of parameters, data order, augmentation and dropout.
       optim: optimiser and schedule.
       mesh: layout of the devices.
+      accumulate: pieces that the batch is cut into; their gradients are averaged before the one optimiser step.
+      remat: what the backward pass computes anew instead of keeping it, a name of `jaxlayers.core.remat.POLICIES`.
+      ema_decay: per step, of the averaged parameters that are then evaluated in place of the last ones; `None` = off.
+      start_from: weights of another run or file that a new run begins with.
       train_transform: `(record, generator) -> record`, the augmentation; `None` = none.
       test_transform: the same for test records.
+      batch_transform: `(batch, key) -> batch`, jitted, over the whole global batch (`train.augment.mixup_cutmix`).
+      workers: processes that read and augment records; 0 = threads of this process. The batches are the same.
+      on_corrupt: "stop" at a record that cannot be read, or "skip" it and count it as `corrupt_records`.
       eval_batch_size: `None` = `batch_size`.
       log_every: steps between lines of metrics.
       eval_every: steps between evaluations; `None` = only at the end.
       checkpoint_every: steps between checkpoints; `None` = as `eval_every`. The last step is always saved.
       keep_last: newest checkpoints that stay on disk.
       keep_best: best ones by `metric` that stay besides.
+      keep_every: steps whose multiples stay for good; `None` = none do.
+      checkpoint_dir: where checkpoints go, also `gs://...` and other object stores; `None` = the working directory.
+      early_stop: evaluations without a better `metric` after which the run ends; `None` = never.
+      on_nonfinite: at a loss or gradient that is not finite: "stop", "skip" the step, or "roll_back" to the last good
+        checkpoint and go on with the batches after the bad one.
+      spike_sigma: a loss this many standard deviations above its running mean is named in the log; `None` = off.
+      hang_seconds: without a sign of life for so long the process prints its stacks and ends; `None` = never.
       metric: name of the evaluation metric that ranks checkpoints; `None` = not ranked.
       mode: "max" or "min": which `metric` is best.
       labels: names of the classes for the confusion picture.
@@ -237,14 +288,27 @@ class Config:
     seed: int = 0
     optim: Optim = Optim()
     mesh: MeshShape = MeshShape()
+    accumulate: int = 1
+    remat: str = "none"
+    ema_decay: float | None = None
+    start_from: StartFrom | None = None
     train_transform: Transform | None = None
     test_transform: Transform | None = None
+    batch_transform: BatchTransform | None = None
+    workers: int = 0
+    on_corrupt: Literal["stop", "skip"] = "stop"
     eval_batch_size: int | None = None
     log_every: int = 10
     eval_every: int | None = None
     checkpoint_every: int | None = None
     keep_last: int = 2
     keep_best: int = 1
+    keep_every: int | None = None
+    checkpoint_dir: str | None = None
+    early_stop: int | None = None
+    on_nonfinite: Literal["stop", "skip", "roll_back"] = "stop"
+    spike_sigma: float | None = 6.0
+    hang_seconds: float | None = 1800.0
     metric: str | None = None
     mode: Literal["max", "min"] = "max"
     labels: tuple[str, ...] | None = None
@@ -256,14 +320,28 @@ class Config:
     title: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every", "keep_last", "symmetry_examples"):
+        for name in ("steps", "batch_size", "log_every", "keep_last", "symmetry_examples", "accumulate"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("eval_batch_size", "eval_every", "checkpoint_every"):
+        for name in ("eval_batch_size", "eval_every", "checkpoint_every", "keep_every", "early_stop"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
         _at_least("keep_best", self.keep_best, 0)
+        _at_least("workers", self.workers, 0)
         if self.mode not in ("max", "min"):
             raise ValueError(f'mode={self.mode!r} must be "max" or "min"; set mode to how metric is ranked')
+        for name, choices in (("on_corrupt", ("stop", "skip")), ("on_nonfinite", ("stop", "skip", "roll_back"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {choices}; set {name}")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay} must lie in [0, 1), or None for no average; set ema_decay")
+        for name in ("spike_sigma", "hang_seconds"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value} must be positive, or None for none; set {name}")
+        if self.early_stop is not None and (self.metric is None or self.eval_every is None):
+            raise ValueError(
+                f"early_stop={self.early_stop} watches metric at every evaluation; set metric and eval_every"
+            )
         if not isinstance(self.model, nn.Module):
             raise ValueError(
                 f"model={type(self.model).__name__} must be a flax.linen.Module; pass an instance of one as model"
@@ -480,7 +558,7 @@ def describe(config: Config) -> str:
         lines = []
         for name in _fields(node):
             value, path = getattr(node, name, None), f"{prefix}{name}"
-            if isinstance(value, nn.Module | Optim | MeshShape | Task):
+            if isinstance(value, nn.Module | Optim | MeshShape | Task | StartFrom):
                 lines += [f"{path} = {type(value).__name__}", *walk(value, f"{path}.")]
             else:
                 lines.append(f"{path} = {_plain(value)}")
