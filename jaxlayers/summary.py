@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -117,6 +117,19 @@ def summarize(model: nn.Module, *inputs: Any, **keywords: Any) -> Summary:
         for end in range(len(names)):
             counts[names[:end]] += math.prod(leaf.shape)
     return Summary(tuple(Row(path, kind, outputs, counts[path], macs[path]) for path, (kind, outputs) in calls.items()))
+
+
+def count_macs(function: Callable[..., Any], *inputs: Any) -> int:
+    """Return the multiply-accumulates of a function of arrays (or their shapes), counted as `summarize` does.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxlayers.summary import count_macs
+      >>> x = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+      >>> count_macs(lambda x: x @ x.T, x), count_macs(jax.grad(lambda x: (x @ x.T).sum()), x)
+      (12, 36)
+    """
+    return sum(count for _, count in _macs(jax.make_jaxpr(function)(*inputs).jaxpr, ()))
 
 
 def _macs(jaxpr: Jaxpr, outer: tuple[str, ...] | None) -> Iterator[tuple[tuple[str, ...], int]]:

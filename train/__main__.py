@@ -1,7 +1,7 @@
 """The command: `python -m train configs/<name>.py [--smoke] [--set path=value] [--workdir DIR] [--devices N]`.
 
-It ends with 0 when the run is complete, 130 after Ctrl-C and 143 after SIGTERM (saved; the same command resumes),
-2 when the settings cannot work, and 1 when training failed.
+It ends with 0 when the run is complete, 130 after Ctrl-C, 143 after SIGTERM and 138 after SIGUSR1 (saved; the same
+command resumes), 2 when the settings cannot work, and 1 when training failed.
 """
 
 import argparse
@@ -18,8 +18,8 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="python -m train",
         description="Train a config. Run the same command again and it resumes from the newest good checkpoint.",
-        epilog="Exit codes: 0 complete; 130 Ctrl-C and 143 SIGTERM (saved, run again to resume); 2 bad settings; "
-        "1 training failed.",
+        epilog="Exit codes: 0 complete; 130 Ctrl-C, 143 SIGTERM, 138 SIGUSR1 (saved, run again to resume); "
+        "2 bad settings; 1 training failed.",
     )
     result.add_argument("config", type=Path, help="a file that defines config(smoke=False) -> Config")
     result.add_argument("--smoke", action="store_true", help="the config's one-minute version")
@@ -34,12 +34,25 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--workdir", type=Path, help="checkpoints, metrics and report (default: runs/<config>)")
     result.add_argument("--devices", type=int, metavar="N", help="run on N virtual CPU devices")
     result.add_argument("--print", dest="show", action="store_true", help="print every field of the config and stop")
+    result.add_argument("--profile", type=step_range, metavar="A:B", help="trace steps A to B into <workdir>/profile")
+    result.add_argument("--wandb", metavar="PROJECT", help="send the metrics to Weights & Biases too")
+    result.add_argument(
+        "--find-rate", action="store_true", help="try rising learning rates for 100 steps, suggest one, and stop"
+    )
     several = result.add_argument_group("several processes (start the same command on each host)")
     several.add_argument("--distributed", action="store_true", help="let JAX find the cluster (SLURM, Cloud TPU, ...)")
     several.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
     several.add_argument("--num-processes", type=int, metavar="N")
     several.add_argument("--process-id", type=int, metavar="I")
     return result
+
+
+def step_range(text: str) -> tuple[int, int]:
+    """Return the two steps of `"10:20"`."""
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise argparse.ArgumentTypeError(f"{text!r} must be two steps in order, as 10:20")
+    return int(first), int(last)
 
 
 def use_virtual_devices(count: int) -> None:
@@ -71,7 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         join_processes(*explicit)
 
     from train import config as configs
-    from train import loop
+    from train import find_rate, loop
+    from train.checkpoint import SaveError
 
     name = options.config.stem + ("_smoke" if options.smoke else "")
     workdir = options.workdir or Path("runs") / name
@@ -81,10 +95,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.show:
                 print(configs.describe(config), end="")
                 return 0
-            result = loop.train(config, workdir, stop=interrupt)
+            if options.find_rate:
+                found = find_rate.find_rate(config)
+                print(f"optim.learning_rate={found.suggestion:.2g} ({find_rate.write(found, workdir)})")
+                return 0
+            result = loop.train(config, workdir, stop=interrupt, profile=options.profile, wandb=options.wandb)
         except ValueError as error:
             return refuse(str(error))
-        except FloatingPointError as error:
+        except (FloatingPointError, SaveError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
     return 128 + result.signal if result.signal else 0

@@ -52,6 +52,18 @@
 - **Mesh.** `MeshShape(data, fsdp, sequence, tensor)`; -1 takes the devices that are left. `batch_size` must divide by
   data * fsdp. Parameters are split by their path (`train/mesh.py`); `rules` adds patterns of your own.
 - **Steps.** Everything is counted in optimiser steps: `steps`, `log_every`, `eval_every`, `checkpoint_every`.
+- **Memory.** `accumulate=4` takes the batch in four pieces; `remat="attention"` recomputes attention's scores in the
+  backward pass (other names in `jaxlayers.core.remat`); `model.dtype=bfloat16` computes in half precision while
+  parameters, optimiser and averages stay in float32.
+- **Averages.** `ema_decay=0.9999` keeps a moving average of the parameters, which is what is evaluated and exported.
+- **Starting from weights.** `start_from=StartFrom("runs/pretrained", exclude=("^head/",))` begins with a backbone under
+  a new head and logs what was loaded, skipped and left fresh; `Optim(freeze=("^stage_[01]/",))` keeps parts of it,
+  `Optim(rates=(("^head/", 10.0),))` or `layer_decay` moves parts faster.
+- **When it goes wrong.** `on_nonfinite` skips a step or rolls back to the last good checkpoint, `on_corrupt="skip"`
+  replaces records that cannot be read and counts them, a loss that jumps is named in the log, and a process that hangs
+  for `hang_seconds` prints its stacks and ends, so that a launcher can start it again.
+- **Games.** A task whose `loss` maps submodule names to losses (`train.tasks.adversarial`) trains several players in
+  the same loop; `Optim(rates=(("^discriminator/", 4.0),))` gives them two time scales.
 
 **`--set path=value`** replaces one field, by dotted path, before the run: `--set optim.learning_rate=3e-4`,
 `--set mesh.tensor=4`, `--set model.depths=(2,2)`, `--set model.stem.features=8` (a module in a module). The value is a
@@ -195,6 +207,10 @@ class MeshShape:
       fsdp: parts of the batch *and* of the parameters and optimiser state.
       sequence: parts of the token, height, window or node axis of activations.
       tensor: parts of the heads and hidden features (the fastest links).
+      slices: groups of devices with fast links inside and a slow network between them (TPU slices, nodes of GPUs);
+        `data` spans them, and `fsdp` where `data` is too short.
+      sequence_parallel: split tokens over `tensor` too, between the pairs of products that it splits: less memory for
+        activations, and a reduce-scatter with an all-gather for each all-reduce.
       rules: further `(regular expression on the parameter path, mesh axes of its trailing axes)`, tried before those
         of `train/mesh.py`: `((r"codebook/kernel$", (None, "tensor")),)`.
     """
@@ -203,6 +219,8 @@ class MeshShape:
     fsdp: int = 1
     sequence: int = 1
     tensor: int = 1
+    slices: int = 1
+    sequence_parallel: bool = False
     rules: tuple[tuple[str, tuple[str | None, ...]], ...] = ()
 
 

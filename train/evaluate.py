@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxlayers.testing import EquivarianceCurve, Symmetry, equivariance_error
 from train import mesh as meshes
 from train.config import Batch, Task
+from train.data import CORRUPT
 from train.state import BoundModel
 
 WEIGHT = "weight"
@@ -40,6 +41,7 @@ def evaluation_step(model: nn.Module, task: Task) -> Callable[[Any, Any, Batch],
     def step(params: Any, collections: Any, batch: Batch) -> dict[str, Any]:
         fields = dict(batch)
         weight = fields.pop(WEIGHT)
+        fields.pop(CORRUPT, None)  # such examples have weight 0
         found = task.evaluate(BoundModel(model, params, collections), fields)
         # Padding may hold anything, so it is selected away: 0 * nan would be nan.
         sums = {name: jnp.sum(jnp.where(weight > 0, values, 0)) for name, values in found.metrics.items()}
@@ -111,7 +113,7 @@ def evaluate(
 def first_examples(batch: Mapping[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
     """Return the first `count` examples of an evaluation batch, without padding and weight."""
     real = np.flatnonzero(np.asarray(batch[WEIGHT]) > 0)[:count]
-    return {name: np.asarray(rows)[real] for name, rows in batch.items() if name != WEIGHT}
+    return {name: np.asarray(rows)[real] for name, rows in batch.items() if name not in (WEIGHT, CORRUPT)}
 
 
 def symmetry_curves(
@@ -127,7 +129,7 @@ def symmetry_curves(
     It runs on one device, in the model's own precision; `Task.logits` picks the output that is compared.
     """
     inputs = [np.asarray(x) for x in task.inputs(batch)]
-    keywords = {name: jnp.asarray(value) for name, value in task.keywords(batch).items()}
+    keywords: dict[str, Any] = {name: jnp.asarray(value) for name, value in task.keywords(batch).items()}
 
     @jax.jit
     def outputs(*given: Any) -> Any:

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -19,12 +20,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from jaxlayers.summary import count_macs
 from jaxlayers.testing import EquivarianceCurve
-from train import data, evaluate, optim, progress
+from train import data, evaluate, guard, hardware, optim, progress, transfer
 from train import mesh as meshes
 from train import state as states
 from train import step as steps
-from train.checkpoint import Checkpointer
+from train.checkpoint import Checkpointer, Restored, SaveError
 from train.config import Config, Records, describe
 
 
@@ -50,7 +52,9 @@ class Result:
 
 
 class Interrupt:
-    """Turns the first Ctrl-C or SIGTERM into a number that the loop polls; a second Ctrl-C kills at once.
+    """Turns the first Ctrl-C, SIGTERM or SIGUSR1 into a number that the loop polls; a second Ctrl-C kills at once.
+
+    SIGUSR1 is what SLURM sends ahead of a time limit (`--signal=USR1@120`).
 
     As a context manager it installs its handlers and restores the old ones at the end; the instance itself is what
     `train(stop=...)` takes. A second SIGTERM changes nothing, since some launchers send several.
@@ -66,7 +70,7 @@ class Interrupt:
 
     def __enter__(self) -> "Interrupt":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                 self._before[number] = signal.signal(number, self._handle)
         return self
 
@@ -106,6 +110,8 @@ def train(
     devices: Sequence[jax.Device] | None = None,
     stop: Callable[[], int] = never,
     silent: bool = False,
+    profile: tuple[int, int] | None = None,
+    wandb: str | None = None,
 ) -> Result:
     """Train `config` in `workdir`, from its newest good checkpoint or from the start, then evaluate and report.
 
@@ -115,18 +121,22 @@ def train(
       devices: the devices of the mesh; `None` = all of them.
       stop: polled at every step and test batch; once it returns a signal's number the run saves and returns.
       silent: print nothing.
+      profile: steps from and to which a profiler trace is written, to `<workdir>/profile`.
+      wandb: name of a Weights & Biases project that gets the metrics too.
 
     Returns:
       The `Result`.
 
     Raises:
-      ValueError: on settings that cannot work, before anything is compiled or written.
-      FloatingPointError: when the loss or the gradient is no longer finite.
+      ValueError: on settings that cannot work, before anything is compiled or written; or when another process
+        trains in `workdir`.
+      FloatingPointError: when the loss or the gradient is no longer finite and `on_nonfinite` gives up.
+      SaveError: when the last checkpoint could not be written; an earlier one only warns.
     """
     plan = prepare(config, devices)
     with contextlib.ExitStack() as stack:
-        run = begin(plan, Path(workdir), stack, silent=silent)
-        stopped = agreed(stop) or take_steps(plan, run, stop, stack)
+        run = begin(plan, Path(workdir), stack, silent=silent, wandb=wandb)
+        stopped = agreed(stop) or take_steps(plan, run, stop, stack, profile)
         if not stopped:
             result = finish(plan, run, stop)
             if result is not None:
@@ -161,11 +171,21 @@ class Plan:
         """The batch size of evaluation."""
         return self.config.eval_batch_size or self.config.batch_size
 
+    @property
+    def rows(self) -> int:
+        """The rows of every training batch that this process feeds."""
+        return self.config.batch_size // meshes.process_rows(self.mesh, self.config.batch_size)[1]
+
     def train_batches(self, start: int) -> Iterator[Mapping[str, np.ndarray]]:
         """Return this process's rows of the training batches from number `start` on."""
-        return _train_batches(self.config, self.mesh, start)
+        return _train_batches(self.config, self.mesh, start, self.config.workers)
 
-    def test_batches(self, source: Records) -> Iterator[Mapping[str, np.ndarray]]:
+    def flops(self) -> int:
+        """Return the operations of the matrix products of one step, over all devices."""
+        with meshes.use(self.mesh):
+            return 2 * count_macs(self.train_step, self.abstract, dict(self.example))
+
+    def test_batches(self, source: Records, workers: int | None = None) -> Iterator[Mapping[str, np.ndarray]]:
         """Return this process's rows of the batches of a test set."""
         index, count = meshes.process_rows(self.mesh, self.eval_batch_size)
         return data.evaluation_batches(
@@ -174,6 +194,8 @@ class Plan:
             transform=self.config.test_transform,
             process_index=index,
             process_count=count,
+            workers=self.config.workers if workers is None else workers,
+            on_corrupt=self.config.on_corrupt,
         )
 
 
@@ -186,9 +208,21 @@ class Run:
     bar: progress.Progress
     log: progress.Log
     state: states.TrainState
-    step: int
-    batch: int
+    step: int = 0
+    batch: int = 0
+    patience: guard.Patience = dataclasses.field(default_factory=guard.Patience)
+    rolled_back: list[int] = dataclasses.field(default_factory=list)
     final: evaluate.Evaluation | None = None
+
+    def position(self, plan: Plan) -> dict[str, Any]:
+        """Return what a checkpoint holds beside the state."""
+        patience = dataclasses.asdict(self.patience)
+        return {"next_batch": self.batch, "fingerprint": plan.fingerprint, "patience": patience}
+
+    def move_to(self, restored: Restored) -> None:
+        """Take over what a checkpoint holds, but for the position in the data."""
+        self.state, self.step = restored.state, restored.step
+        self.patience = guard.Patience(**restored.data.get("patience", {}))
 
 
 def prepare(config: Config, devices: Sequence[jax.Device] | None = None) -> Plan:
@@ -200,10 +234,16 @@ def prepare(config: Config, devices: Sequence[jax.Device] | None = None) -> Plan
     """
     mesh = meshes.build(config.mesh, devices)
     meshes.check_batch_size("batch_size", config.batch_size, mesh)
+    if config.accumulate > 1:
+        if config.batch_size % config.accumulate:
+            raise ValueError(
+                f"batch_size={config.batch_size} must be divisible by accumulate={config.accumulate}; set either"
+            )
+        meshes.check_batch_size("batch_size / accumulate", config.batch_size // config.accumulate, mesh)
     if config.eval_batch_size is not None:
         meshes.check_batch_size("eval_batch_size", config.eval_batch_size, mesh)
     transform, learning_rate = optim.build(config.optim, config.steps)
-    create = states.creator(config.model, config.task, transform, config.seed)
+    create = states.creator(config.model, config.task, transform, config.seed, ema=config.ema_decay is not None)
     example = meshes.put_batch(_first(_train_batches(config, mesh, 0)), mesh)
     with meshes.use(mesh):
         shapes = jax.eval_shape(create, example)
@@ -213,18 +253,23 @@ def prepare(config: Config, devices: Sequence[jax.Device] | None = None) -> Plan
         config=config,
         mesh=mesh,
         fingerprint=data.fingerprint(
-            config.train_data, batch_size=config.batch_size, seed=config.seed, transform=config.train_transform
+            config.train_data,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            transform=config.train_transform,
+            on_corrupt=config.on_corrupt,
+            batch_transform=config.batch_transform,
         ),
         example=example,
         abstract=abstract,
         create=create,
-        train_step=steps.train_step(config.model, config.task, transform, learning_rate),
-        evaluation_step=evaluate.compile_evaluation(evaluation_step, abstract.params, abstract.collections, mesh),
+        train_step=steps.train_step(config, transform, learning_rate),
+        evaluation_step=evaluate.compile_evaluation(evaluation_step, abstract.evaluated, abstract.collections, mesh),
     )
     if config.metric is not None:
         if config.test_data is None:
             raise ValueError(f"metric={config.metric!r} ranks by the test set; set test_data, or metric=None")
-        sample = meshes.put_batch(_first(plan.test_batches(config.test_data)), mesh)
+        sample = meshes.put_batch(_first(plan.test_batches(config.test_data, workers=0)), mesh)
         with meshes.use(mesh):
             names = evaluate.metric_names(evaluation_step, abstract.params, abstract.collections, sample, config.task)
         if config.metric not in names:
@@ -232,18 +277,29 @@ def prepare(config: Config, devices: Sequence[jax.Device] | None = None) -> Plan
     return plan
 
 
-def begin(plan: Plan, workdir: Path, stack: contextlib.ExitStack, *, silent: bool) -> Run:
+def begin(
+    plan: Plan, workdir: Path, stack: contextlib.ExitStack, *, silent: bool = False, wandb: str | None = None
+) -> Run:
     """Open the directory and restore the newest good checkpoint, or make the first state.
 
     Raises:
-      ValueError: if the checkpoints there do not fit: another model, or other data.
+      ValueError: if the checkpoints there do not fit: another model, or other data; or if another process trains
+        there.
     """
     config, first = plan.config, jax.process_index() == 0
+    refused = None
     if first:
         workdir.mkdir(parents=True, exist_ok=True)
+        try:
+            stack.enter_context(guard.locked(workdir))
+        except guard.LockedError as error:
+            refused = error
+    if agreed(lambda: int(refused is not None)):
+        raise refused or guard.LockedError(f"{workdir} is being trained in by another run; set another --workdir")
     checkpointer = Checkpointer(
-        workdir / "checkpoints",
+        config.checkpoint_dir or workdir / "checkpoints",
         keep_last=config.keep_last,
+        keep_every=config.keep_every,
         keep_best=config.keep_best if config.metric else 0,
         metric=config.metric,
         mode=config.mode,
@@ -271,101 +327,202 @@ def begin(plan: Plan, workdir: Path, stack: contextlib.ExitStack, *, silent: boo
         logging.warning("starting again from step 0; the damaged checkpoints are moved aside, not removed")
     start = 0 if restored is None else restored.step
     bar = progress.Progress(start=start, steps=config.steps, batch_size=config.batch_size, silent=silent or not first)
-    log = progress.Log(workdir if first else None, start)
+    log = progress.Log(workdir if first else None, start, wandb=wandb)
     stack.callback(log.close)
     bar.say(f"{workdir}: {plan.parameters:,} parameters; mesh {meshes.describe(plan.mesh)}")
     for change in progress.write_notes(workdir, described) if first else []:
         bar.say(f"note: {change}")
     if restored is not None:
-        finished = "already trained to" if start >= config.steps else "resuming from"
-        bar.say(f"{finished} step {start}")
-        return Run(workdir, checkpointer, bar, log, restored.state, start, restored.data["next_batch"])
+        run = Run(workdir, checkpointer, bar, log, restored.state)
+        run.move_to(restored)
+        run.batch = restored.data["next_batch"]
+        bar.say(f"{'already trained to' if ended(plan, run) else 'resuming from'} step {start}")
+        return run
+    state = first_state(plan)
+    if config.start_from is not None:
+        params, loaded = transfer.load_partial(config.start_from, state.params)
+        ema = state.ema if state.ema is None else jax.tree.map(jax.numpy.copy, params)
+        state = dataclasses.replace(state, params=params, ema=ema)
+        bar.say(loaded.summary())
+    return Run(workdir, checkpointer, bar, log, state)
+
+
+def first_state(plan: Plan) -> states.TrainState:
+    """Return the state before the first step, made in place on the mesh."""
     with meshes.use(plan.mesh):
         shardings = jax.tree.map(lambda leaf: leaf.sharding, plan.abstract)
-        state = jax.jit(plan.create, out_shardings=shardings)(plan.example)
-    return Run(workdir, checkpointer, bar, log, state, 0, 0)
+        return jax.jit(plan.create, out_shardings=shardings)(plan.example)
 
 
-def take_steps(plan: Plan, run: Run, stop: Callable[[], int], stack: contextlib.ExitStack) -> int:
+def ended(plan: Plan, run: Run) -> bool:
+    """Return whether no step is left to take."""
+    config = plan.config
+    return run.step >= config.steps or run.patience.ended(config.early_stop)
+
+
+def take_steps(
+    plan: Plan, run: Run, stop: Callable[[], int], stack: contextlib.ExitStack, profile: tuple[int, int] | None = None
+) -> int:
     """Compile and take the steps that are left, with evaluations and checkpoints on the way.
 
     Returns:
       0, or the signal that stopped it; either way the last step is saved.
     """
     config, mesh = plan.config, plan.mesh
-    if run.step >= config.steps:
+    if ended(plan, run):
         return 0
     test_data, save_every = config.test_data, config.checkpoint_every or config.eval_every
     several = jax.process_count() > 1
-    rows = config.batch_size // meshes.process_rows(mesh, config.batch_size)[1]
+    watchdog = stack.enter_context(guard.Watchdog(config.hang_seconds))
 
-    def with_wish(batch: Mapping[str, Any], wish: Callable[[], int]) -> dict[str, Any]:
+    def polled() -> int:
+        watchdog.alive()
+        return stop()
+
+    def wish(number: int) -> dict[str, jax.Array]:
         # Processes must stop at the same step: each sends its wish, and all read the largest with the metrics.
-        return {**batch, steps.STOP: np.full(rows, wish(), np.int32)} if several else dict(batch)
+        return meshes.put_batch({steps.STOP: np.full(plan.rows, number, np.int32)}, mesh) if several else {}
 
-    stopped = 0
     run.bar.say("compiling")
-    example = {**plan.example, **meshes.put_batch(with_wish({}, never), mesh)}
+    began = time.perf_counter()
+    example = {**plan.example, **wish(0)}
     train_step = steps.compile_step(
         plan.train_step, plan.abstract, steps.abstract(example, meshes.batch_sharding(mesh)), mesh
     )
-    batches = plan.train_batches(run.batch)
-    stack.callback(_close, batches)
+    memory = train_step.memory_analysis()
+    if memory is not None:
+        needs = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        took = time.perf_counter() - began
+        run.bar.say(f"compiled in {took:.0f} s: {needs / 2**30:.2f} GiB a device, state and activations together")
+    batches = data.prefetch(plan.train_batches(run.batch), lambda batch: meshes.put_batch(batch, mesh))
+    stack.callback(close, batches)
     # Virtual CPU devices share one pool of threads, where the collectives of a second step can starve the first.
     one_in_flight = mesh.devices.flat[0].platform == "cpu"
-    reader = Reader(run, config)
+    reader = Reader(run, plan)
+    tracer = stack.enter_context(progress.Tracer(run.workdir / "profile", profile))
     with run.bar:
         missed = _due(run.step, config.eval_every) and not run.log.has(run.step, "test/")
         if test_data is not None and agreed(lambda: int(missed and jax.process_index() == 0)):  # who has the log
             # The earlier run was stopped inside the evaluation of this step.
-            found = measure(plan, run, test_data, stop)
+            found = measure(plan, run, test_data, polled)
             if found is None:
                 return stop()
             reader.record(run.step, "test", found.metrics)
-        while run.step < config.steps:
-            batch = meshes.put_batch(with_wish(next(batches), stop), mesh)
+        stopped = 0
+        while True:
+            tracer.before(run.step + 1)
+            batch = {**next(batches), **wish(polled())}
             if one_in_flight:
                 reader.wait()
             run.state, metrics = train_step(run.state, batch)
             run.step, run.batch = run.step + 1, run.batch + 1
-            reader.read()  # the step before this one: the devices already have work
-            reader.expect(run.step, metrics)
-
-            stopped, last = reader.stopped if several else stop(), run.step == config.steps
-            evaluates = test_data is not None and not stopped and (last or _due(run.step, config.eval_every))
-            saves = stopped or last or _due(run.step, save_every)
             found = None
-            if evaluates or saves:
-                reader.read()  # a step that is not finite raises here, before it could be saved
+            try:
+                reader.read()  # the step before this one: the devices already have work
+                reader.expect(run.step, metrics)
+                stopped, last = reader.stopped if several else stop(), run.step == config.steps
+                evaluates = test_data is not None and not stopped and (last or _due(run.step, config.eval_every))
+                saves = bool(stopped) or last or _due(run.step, save_every)
+                if evaluates or saves:
+                    reader.read()  # a step that is not finite raises here, before it could be saved
+            except NotFiniteError as error:
+                roll_back(plan, run, error)
+                reader = Reader(run, plan)
+                run.bar.pause()
+                continue
             if evaluates and test_data is not None:
-                found = measure(plan, run, test_data, stop)
+                found = measure(plan, run, test_data, polled)
                 if found is None:
-                    stopped = saves = stop()
+                    stopped, saves = stop(), True
                 else:
                     reader.record(run.step, "test", found.metrics)
+                    if config.metric is not None:
+                        run.patience.look(found.metrics[config.metric], config.mode)
+                    if run.patience.ended(config.early_stop):
+                        last = saves = True
+                        run.bar.say(
+                            f"no better {config.metric} than {run.patience.best:.4g} in {config.early_stop} "
+                            f"evaluations: ended at step {run.step}"
+                        )
             if saves:
-                run.checkpointer.save(
-                    run.step,
-                    run.state,
-                    data={"next_batch": run.batch, "fingerprint": plan.fingerprint},
-                    metrics=None if found is None else found.metrics,
-                )
+                save(plan, run, None if found is None else found.metrics)
             if stopped or last:
                 run.final = found
                 break
             if evaluates or saves:
                 run.bar.pause()
-        run.checkpointer.wait()
+        finish_saving(plan, run, None if run.final is None else run.final.metrics)
     return stopped
+
+
+def save(plan: Plan, run: Run, metrics: Mapping[str, float] | None) -> None:
+    """Start saving the state; a save that failed is named, and the run goes on."""
+    # The error of the save before this one comes first; then this one has its own chance.
+    for _ in range(2):
+        try:
+            run.checkpointer.save(run.step, run.state, data=run.position(plan), metrics=metrics)
+            return
+        except SaveError as error:
+            run.bar.say(f"warning: {error}; the run goes on")
+            if error.step == run.step:
+                return
+
+
+def finish_saving(plan: Plan, run: Run, metrics: Mapping[str, float] | None) -> None:
+    """Wait until the last step is on disk; try once more where that failed.
+
+    Raises:
+      SaveError: if it cannot be written.
+    """
+    try:
+        run.checkpointer.wait()
+    except SaveError as error:
+        run.bar.say(f"warning: {error}; trying once more")
+    if run.step not in run.checkpointer.steps()[:1]:
+        run.checkpointer.save(run.step, run.state, data=run.position(plan), metrics=metrics)
+        run.checkpointer.wait()
+
+
+class NotFiniteError(FloatingPointError):
+    """The loss or the gradient of a step is not finite."""
+
+
+MOST_ROLL_BACKS = 3
+"""Times that a run goes back to one checkpoint before it gives up."""
+
+
+def roll_back(plan: Plan, run: Run, error: NotFiniteError) -> None:
+    """Go back to the newest good checkpoint, and on with the batches after those that were taken.
+
+    Raises:
+      NotFiniteError: if the config does not want it, there is no checkpoint, or it does not help.
+    """
+    if plan.config.on_nonfinite != "roll_back":
+        raise error
+    restored = run.checkpointer.restore(plan.abstract)
+    if restored is None or run.rolled_back.count(restored.step) == MOST_ROLL_BACKS:
+        raise error
+    run.rolled_back.append(restored.step)
+    run.move_to(restored)
+    run.log.rewind(run.step)
+    run.bar.rewind(run.step)
+    run.bar.say(f"{error.args[0]}: rolled back to step {run.step}, going on with batch {run.batch}")
 
 
 class Reader:
     """Reads the metrics of a step after the next one was started, so that the devices never wait for Python."""
 
-    def __init__(self, run: Run, config: Config) -> None:
+    MOST_SKIPPED = 20
+
+    def __init__(self, run: Run, plan: Plan) -> None:
         self.stopped = 0
-        self._run, self._config = run, config
+        self._run, self._plan, self._config = run, plan, plan.config
         self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
+        self._spikes = guard.Spikes(self._config.spike_sigma)
+        self._skipped_in_a_row = self._corrupt = 0
+        self._device = plan.mesh.local_mesh.devices.flat[0]
+        peak = hardware.peak_flops(self._device)
+        self._full_use = None if peak is None else plan.flops() / plan.config.batch_size / (peak * plan.mesh.size)
 
     def expect(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         """Remember the metrics that `step` will give."""
@@ -380,7 +537,7 @@ class Reader:
         """Read, log and check the metrics that are pending, if any.
 
         Raises:
-          FloatingPointError: when the loss or the gradient is not finite; after the line is written.
+          NotFiniteError: when the loss or the gradient is not finite; after the line is written.
         """
         if self._pending is None:
             return
@@ -389,22 +546,46 @@ class Reader:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.stopped = int(values.pop(steps.STOP, 0)) or self.stopped
         rate = self._run.bar.update(step)
+        if "corrupt_records" in values:
+            values["corrupt_records"] = self._corrupt = self._corrupt + int(values["corrupt_records"])
         bad = [name for name in ("loss", "gradient_norm") if not math.isfinite(values[name])]
+        skipped = bool(values.pop("skipped", 0))
+        spike = self._spikes.check(values["loss"])
+        if spike:
+            self._run.bar.say(f"loss spike at step {step}: {values['loss']:.4g}, {spike:.1f} deviations above its mean")
         if bad or _due(step, self._config.log_every) or step == self._config.steps:
-            self.record(step, "train", {**values, "examples_per_second": rate})
-        if bad:
+            self.record(step, "train", {**values, **self._speed(rate)})
+        if skipped:
+            self._run.bar.say(f"step {step} skipped: {bad[0]} is {values[bad[0]]}")
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        if (bad and not skipped) or self._skipped_in_a_row == self.MOST_SKIPPED:
+            self._give_up(step, bad[0], values[bad[0]])
+
+    def _speed(self, rate: float) -> dict[str, float]:
+        """Return throughput, and where the device is known, the share of its peak and the memory in use."""
+        found = {"examples_per_second": rate}
+        if self._full_use is not None:
+            found["mfu"] = rate * self._full_use
+        memory = hardware.memory_in_use(self._device)
+        if memory is not None:
+            found["memory_gib"] = memory / 2**30
+        return found
+
+    def _give_up(self, step: int, name: str, value: float) -> None:
+        with contextlib.suppress(SaveError):
             self._run.checkpointer.wait()
-            saved = self._run.checkpointer.steps()
-            raise FloatingPointError(
-                f"{bad[0]} is {values[bad[0]]} at step {step}; stopped before it could be saved "
-                f"(newest checkpoint: {f'step {saved[0]}' if saved else 'none'}). "
-                "Lower optim.learning_rate, set optim.clip_norm, or look at the batch of that step"
-            )
+        saved = self._run.checkpointer.steps()
+        times = f", {self.MOST_SKIPPED} steps in a row" if self._skipped_in_a_row else ""
+        raise NotFiniteError(
+            f"{name} is {value} at step {step}{times}; stopped before it could be saved "
+            f"(newest checkpoint: {f'step {saved[0]}' if saved else 'none'}). "
+            "Lower optim.learning_rate, set optim.clip_norm or on_nonfinite, or look at the batch of that step"
+        )
 
     def record(self, step: int, prefix: str, values: Mapping[str, float]) -> None:
         """Write metrics to the log and show them."""
         self._run.log.write(step, {f"{prefix}/{name}": value for name, value in values.items()})
-        hidden = ("gradient_norm", "learning_rate", "examples_per_second")
+        hidden = ("gradient_norm", "learning_rate", "examples_per_second", "memory_gib")
         names = sorted(values.keys() - set(hidden), key=lambda name: (name != "loss", name))
         shown = {name: values[name] for name in names}
         if prefix == "train":
@@ -417,7 +598,7 @@ def measure(plan: Plan, run: Run, source: Records, stop: Callable[[], int]) -> e
     """Return the evaluation of the current state over a set; `None` when `stop()` broke it off."""
     return evaluate.evaluate(
         plan.evaluation_step,
-        run.state.params,
+        run.state.evaluated,
         run.state.collections,
         plan.test_batches(source),
         task=plan.config.task,
@@ -459,8 +640,12 @@ def finish(plan: Plan, run: Run, stop: Callable[[], int]) -> Result | None:
         if agreed(stop):
             return None
         run.bar.say(f"rival: {name}")
-        rival = dataclasses.replace(config, model=model, rivals={}, baselines=None, title=name)
-        folder = run.workdir / "rivals" / re.sub(r"[^\w.-]+", "_", name)
+        place = re.sub(r"[^\w.-]+", "_", name)
+        far = config.checkpoint_dir and f"{config.checkpoint_dir}/rivals/{place}"
+        rival = dataclasses.replace(
+            config, model=model, rivals={}, baselines=None, title=name, start_from=None, checkpoint_dir=far
+        )
+        folder = run.workdir / "rivals" / place
         result = train(rival, folder, devices=list(plan.mesh.devices.flat), stop=stop, silent=run.bar.silent)
         if result.signal:
             return None
@@ -500,14 +685,14 @@ def symmetry(plan: Plan, run: Run) -> dict[str, EquivarianceCurve]:
     config = plan.config
     if not config.symmetries or config.test_data is None:
         return {}
-    params, collections = meshes.gather((run.state.params, run.state.collections), plan.mesh)
+    params, collections = meshes.gather((run.state.evaluated, run.state.collections), plan.mesh)
     if jax.process_index() != 0:
         return {}
-    batch = evaluate.first_examples(_first(plan.test_batches(config.test_data)), config.symmetry_examples)
+    batch = evaluate.first_examples(_first(plan.test_batches(config.test_data, workers=0)), config.symmetry_examples)
     return evaluate.symmetry_curves(config.model, config.task, params, collections, config.symmetries, batch)
 
 
-def _train_batches(config: Config, mesh: Mesh, start: int) -> Iterator[Mapping[str, np.ndarray]]:
+def _train_batches(config: Config, mesh: Mesh, start: int, workers: int = 0) -> Iterator[Mapping[str, np.ndarray]]:
     index, count = meshes.process_rows(mesh, config.batch_size)
     return data.batches(
         config.train_data,
@@ -517,6 +702,8 @@ def _train_batches(config: Config, mesh: Mesh, start: int) -> Iterator[Mapping[s
         start=start,
         process_index=index,
         process_count=count,
+        workers=workers,
+        on_corrupt=config.on_corrupt,
     )
 
 
@@ -526,13 +713,14 @@ def _first(batches: Iterator[Mapping[str, np.ndarray]]) -> Mapping[str, np.ndarr
     except StopIteration:
         raise ValueError("a data source is empty; pass one with at least one record") from None
     finally:
-        _close(batches)
+        close(batches)
 
 
-def _close(batches: Any) -> None:
-    close = getattr(batches, "close", None)  # stops the threads that read ahead
-    if close is not None:
-        close()
+def close(batches: Any) -> None:
+    """Stop the threads and processes that read ahead."""
+    stop = getattr(batches, "close", None)
+    if stop is not None:
+        stop()
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -1,12 +1,15 @@
 """What a run tells the user: the progress bar, `metrics.jsonl`, TensorBoard, and what it was started with."""
 
 import datetime
+import hashlib
 import importlib.metadata
+import io
 import json
 import math
 import os
 import platform
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -25,23 +28,39 @@ class Log:
     """Metrics as `metrics.jsonl` and TensorBoard: `{"step": 10, "train/loss": ..., "test/accuracy": ...}` a line.
 
     Opened at step `start` it first drops what an earlier, killed run wrote after that step, so that no step appears
-    twice. `history` holds all lines. With `folder=None` (any process but the first) it keeps the history only.
+    twice. `history` holds all lines. With `folder=None` (any process but the first) it keeps the history only. With
+    `wandb` the metrics also go to that project of Weights & Biases.
     """
 
-    def __init__(self, folder: Path | None, start: int) -> None:
+    def __init__(self, folder: Path | None, start: int, *, wandb: str | None = None) -> None:
         self.history: list[Line] = []
-        self._file = self._board = None
+        self._file: io.BufferedRandom | None = None
+        self._board: Any = None
+        self._wandb: Any = None
         self._last_line = 0
         if folder is None:
             return
-        path = folder / "metrics.jsonl"
-        self.history = [line for line in read_history(path) if line["step"] <= start]
-        _write_whole(path, "".join(json.dumps(line) + "\n" for line in self.history))
-        self._file = path.open("r+b")
-        self._file.seek(0, os.SEEK_END)
-        if self.history:
-            self._last_line = self._file.tell() - len(json.dumps(self.history[-1])) - 1
+        if wandb is not None:
+            self._wandb = _wandb_run(wandb, folder)
+        self._path = folder / "metrics.jsonl"
+        self.history = [line for line in read_history(self._path) if line["step"] <= start]
+        self._open()
         self._board = _summary_writer()(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+
+    def _open(self) -> None:
+        """Write the history as the file, and go on at its end."""
+        _write_whole(self._path, "".join(json.dumps(line) + "\n" for line in self.history))
+        self._file = file = self._path.open("r+b")
+        file.seek(0, os.SEEK_END)
+        if self.history:
+            self._last_line = file.tell() - len(json.dumps(self.history[-1])) - 1
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines after `step`."""
+        self.history = [line for line in self.history if line["step"] <= step]
+        if self._file is not None:
+            self._file.close()
+            self._open()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Add `values` to the line of `step`, the last line or a new one."""
@@ -61,16 +80,20 @@ class Log:
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
         self._board.flush()
+        if self._wandb is not None:
+            self._wandb.log(dict(clean), step=step)
 
     def has(self, step: int, prefix: str) -> bool:
         """Return whether the line of `step` holds a value whose name starts with `prefix`."""
         return any(line["step"] == step and any(name.startswith(prefix) for name in line) for line in self.history)
 
     def close(self) -> None:
-        """Close both files."""
+        """Close the files."""
         if self._file is not None and self._board is not None:
             self._file.close()
             self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
 
 def read_history(path: Path) -> list[Line]:
@@ -128,6 +151,12 @@ class Progress:
         """Leave the time since the last step (compilation, evaluation) out of the throughput."""
         self._clock = time.perf_counter()
 
+    def rewind(self, step: int) -> None:
+        """Count from an earlier step again."""
+        self._seen = step
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
     def update(self, step: int) -> float:
         """Count the steps up to `step`, which just ended; return the smoothed examples per second."""
         now = time.perf_counter()
@@ -158,6 +187,35 @@ class Progress:
         """Print a line above the bar."""
         self._console.print(text, markup=False)
         self._console.file.flush()
+
+
+class Tracer:
+    """Writes a profiler trace of the steps from `steps[0]` to `steps[1]` into a folder, for XProf or Perfetto."""
+
+    def __init__(self, folder: Path, steps: tuple[int, int] | None) -> None:
+        self._folder, self._steps, self._active = folder, steps, False
+
+    def __enter__(self) -> "Tracer":
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self._stop()
+
+    def before(self, step: int) -> None:
+        """Start or stop the trace, before a step is taken."""
+        if self._steps is None:
+            return
+        first, last = self._steps
+        if step > last:
+            self._stop()
+        elif step >= first and not self._active:
+            jax.profiler.start_trace(str(self._folder))
+            self._active = True
+
+    def _stop(self) -> None:
+        if self._active:
+            jax.profiler.stop_trace()
+            self._active, self._steps = False, None
 
 
 def words(values: Mapping[str, float]) -> str:
@@ -225,10 +283,35 @@ def current_versions() -> dict[str, str]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
+    versions["git"] = git_revision(Path(__file__).parent)
     device = jax.devices()[0]
     versions["devices"] = f"{jax.device_count()} {device.device_kind} ({device.platform})"
     versions["processes"] = str(jax.process_count())
     return versions
+
+
+def git_revision(folder: Path) -> str:
+    """Return the commit that the sources in `folder` are at, `+changes` where they differ, or `none`."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "--short=12", "HEAD")
+        return commit + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return "none"
+
+
+def _wandb_run(project: str, folder: Path) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError(f"--wandb {project} needs the package wandb; install it: pip install wandb") from None
+    # The folder's path names the run, so that a resumed run goes on in the same one.
+    identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    return wandb.init(project=project, name=folder.name, id=identity, resume="allow", dir=str(folder))
 
 
 def _summary_writer() -> Any:

@@ -26,6 +26,7 @@ class TrainState:
       opt_state: the optimiser's moments and counters.
       rng: data of the key that each step folds its number into.
       collections: variable collections besides `params` (running statistics), by name.
+      ema: the average of the parameters over the steps, or `None`.
     """
 
     step: jax.Array
@@ -33,10 +34,16 @@ class TrainState:
     opt_state: Any
     rng: jax.Array
     collections: Mapping[str, Any]
+    ema: Any = None
+
+    @property
+    def evaluated(self) -> Any:
+        """The parameters that evaluation takes: the average where there is one."""
+        return self.params if self.ema is None else self.ema
 
 
 def creator(
-    model: nn.Module, task: Task, transform: optax.GradientTransformation, seed: int
+    model: nn.Module, task: Task, transform: optax.GradientTransformation, seed: int, *, ema: bool = False
 ) -> Callable[[Batch], TrainState]:
     """Return the pure function of one batch that makes the first state.
 
@@ -46,17 +53,22 @@ def creator(
 
     def create(batch: Batch) -> TrainState:
         init_key, step_key = jax.random.split(jax.random.key(seed, impl=KEYS))
-        variables = model.init(
-            {"params": init_key}, *task.inputs(batch), **task.keywords(batch), **_mode(model, deterministic=True)
-        )
+        mode = _mode(model, "__call__", deterministic=True)
+        variables = model.init({"params": init_key}, *task.inputs(batch), **task.keywords(batch), **mode)
         collections = {name: tree for name, tree in variables.items() if name != "params"}
         params = variables.get("params", {})
+        if isinstance(task.loss, Mapping) and set(task.loss) != set(params):
+            raise ValueError(
+                f"the losses of a game, {sorted(task.loss)}, must be those of the parameters {sorted(params)} of "
+                f"{type(model).__name__}; name its submodules as the players"
+            )
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             opt_state=transform.init(params),
             rng=jax.random.key_data(step_key),
             collections=collections,
+            ema=jax.tree.map(jnp.copy, params) if ema else None,
         )
 
     return create
@@ -65,34 +77,47 @@ def creator(
 class BoundModel:
     """The `apply` that a task calls: variables, RNG streams and `deterministic` are bound.
 
+    `method="name"` calls another method of the model than `__call__`.
+
     With `key` it is in training: dropout is on, every RNG stream that the model asks for comes from the key, and
     updates of `collections` are kept in the attribute of that name, from one call to the next.
     """
 
-    def __init__(self, model: nn.Module, params: Any, collections: Mapping[str, Any], key: Any = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Any,
+        collections: Mapping[str, Any],
+        key: Any = None,
+        recompute: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function,
+    ) -> None:
         self.collections = dict(collections)
         self._model, self._params, self._key, self._calls = model, params, key, 0
+        self._recompute = recompute
 
-    def __call__(self, *inputs: Any, **keywords: Any) -> Any:
+    def __call__(self, *inputs: Any, method: str = "__call__", **keywords: Any) -> Any:
         """Return the model's output."""
-        variables = {"params": self._params, **self.collections}
         if self._key is None:
-            return self._model.apply(variables, *inputs, **_mode(self._model, deterministic=True), **keywords)
+            variables = {"params": self._params, **self.collections}
+            mode = _mode(self._model, method, deterministic=True)
+            return self._model.apply(variables, *inputs, **mode, **keywords, method=method)
         # Flax serves a stream that is not listed ("dropout", "drop_path", ...) from "params".
         rngs = {"params": jax.random.fold_in(self._key, self._calls)}
         self._calls += 1
-        outputs, updates = self._model.apply(
-            variables,
-            *inputs,
-            rngs=rngs,
-            mutable=list(self.collections),
-            **_mode(self._model, deterministic=False),
-            **keywords,
-        )
+        mode = _mode(self._model, method, deterministic=False)
+
+        @self._recompute
+        def forward(params: Any, collections: Any, *arrays: Any) -> Any:
+            variables = {"params": params, **collections}
+            return self._model.apply(
+                variables, *arrays, rngs=rngs, mutable=list(collections), **mode, **keywords, method=method
+            )
+
+        outputs, updates = forward(self._params, self.collections, *inputs)
         self.collections |= updates
         return outputs
 
 
-def _mode(model: nn.Module, *, deterministic: bool) -> dict[str, Any]:
-    takes = "deterministic" in inspect.signature(type(model).__call__).parameters
+def _mode(model: nn.Module, method: str, *, deterministic: bool) -> dict[str, Any]:
+    takes = "deterministic" in inspect.signature(getattr(type(model), method)).parameters
     return {"deterministic": deterministic} if takes else {}

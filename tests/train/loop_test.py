@@ -4,6 +4,8 @@ import dataclasses
 import json
 import logging
 import signal
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -286,3 +288,226 @@ def test_second_sigint_is_left_to_the_system():
         signal.raise_signal(signal.SIGTERM)  # some launchers send several: ignored
         assert interrupt() == signal.SIGINT
     assert signal.getsignal(signal.SIGINT) == before
+
+
+def with_infinity_at(config, *numbers):
+    """Return the config with an infinity in the training batches of these numbers (from 0)."""
+    columns = {name: np.stack([config.train_data[i][name] for i in range(96)]) for name in ("tokens", "label")}
+    for number in numbers:
+        drawn = next(batches(arrays(index=np.arange(96)), batch_size=16, seed=config.seed, start=number))
+        columns["tokens"][drawn["index"][0], 0, 0] = np.inf
+    return dataclasses.replace(config, train_data=arrays(**columns), test_data=None, metric=None)
+
+
+def test_a_run_rolls_back_to_the_last_good_step_and_goes_on_with_later_batches(config, tmp_path, capsys):
+    # Records 1..16 of the fifth batch; the epoch has six batches, so the bad record comes back only in the next one.
+    bad = with_infinity_at(dataclasses.replace(config, steps=5, checkpoint_every=2, on_nonfinite="roll_back"), 4)
+    result = loop.train(bad, tmp_path / "run")
+    assert result.step == 5
+    out = capsys.readouterr().out
+    assert "loss is nan at step 5" in out
+    assert "rolled back to step 4, going on with batch 5" in out
+    assert [line["step"] for line in history(tmp_path / "run")] == [1, 2, 3, 4, 5]
+    assert all(np.isfinite(line["train/loss"]) for line in history(tmp_path / "run"))
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(result.state.params))
+    # The same without the bad batch: four steps, then the sixth batch.
+    resumed = loop.train(dataclasses.replace(bad, steps=4), tmp_path / "by_hand", silent=True)
+    assert resumed.step == 4
+    plan = loop.prepare(bad)
+    step = loop.steps.compile_step(
+        plan.train_step,
+        plan.abstract,
+        loop.steps.abstract(plan.example, loop.meshes.batch_sharding(plan.mesh)),
+        plan.mesh,
+    )
+    state, _ = step(resumed.state, loop.meshes.put_batch(next(plan.train_batches(5)), plan.mesh))
+    assert_bitwise(result.state.params, state.params)
+
+
+def test_a_run_that_cannot_be_helped_gives_up(config, tmp_path):
+    bad = with_infinity_at(dataclasses.replace(config, checkpoint_every=2, on_nonfinite="roll_back"), 2, 3, 4, 5)
+    with pytest.raises(FloatingPointError, match="loss is nan at step 3"):
+        loop.train(bad, tmp_path / "many", silent=True)
+    first = with_infinity_at(dataclasses.replace(config, checkpoint_every=2, on_nonfinite="roll_back"), 0)
+    with pytest.raises(FloatingPointError, match=r"loss is nan at step 1; .*newest checkpoint: none"):
+        loop.train(first, tmp_path / "first", silent=True)
+
+
+def test_skipped_steps_are_named_and_too_many_end_the_run(config, tmp_path, capsys, monkeypatch):
+    bad = with_infinity_at(dataclasses.replace(config, steps=5, on_nonfinite="skip"), 2)
+    result = loop.train(bad, tmp_path / "one")
+    assert result.step == 5
+    assert "step 3 skipped: loss is nan" in capsys.readouterr().out
+    assert history(tmp_path / "one")[2]["train/loss"] is None
+    monkeypatch.setattr(loop.Reader, "MOST_SKIPPED", 3)
+    worse = with_infinity_at(dataclasses.replace(config, steps=6, on_nonfinite="skip"), 1, 2, 3)
+    with pytest.raises(FloatingPointError, match="loss is nan at step 4, 3 steps in a row"):
+        loop.train(worse, tmp_path / "three", silent=True)
+
+
+def without_progress(config):
+    """Return the config with a metric that cannot become better than at first."""
+
+    def evaluate(apply, batch):
+        return Evaluated({"accuracy": jnp.ones(len(batch["label"]))})
+
+    task = dataclasses.replace(config.task, evaluate=evaluate, num_classes=0)
+    return dataclasses.replace(config, task=task, steps=40, eval_every=2, early_stop=3)
+
+
+def test_a_run_without_progress_ends_early_and_stays_ended(config, tmp_path, capsys):
+    still = without_progress(config)
+    result = loop.train(still, tmp_path)
+    assert result.step == 8
+    assert "no better accuracy than 1" in capsys.readouterr().out
+    assert result.report is not None
+    again = loop.train(still, tmp_path)
+    assert "already trained to step 8" in capsys.readouterr().out
+    assert again.metrics == result.metrics
+
+
+def test_early_stop_counts_on_across_a_restart(config, tmp_path):
+    still = without_progress(config)
+    stopped = loop.train(still, tmp_path, stop=After(17), silent=True)
+    assert 2 < stopped.step < 8
+    assert loop.train(still, tmp_path, silent=True).step == 8
+
+
+def test_the_average_is_what_is_evaluated(config, tmp_path):
+    # An average that does not move keeps the accuracy of the first parameters.
+    averaged = dataclasses.replace(config, ema_decay=0.999, steps=9)
+    result = loop.train(averaged, tmp_path, silent=True)
+    plan = loop.prepare(averaged)
+    run = loop.Run(tmp_path, None, None, None, result.state)
+    on_average = loop.measure(plan, run, averaged.test_data, loop.never).metrics
+    run.state = dataclasses.replace(result.state, ema=None)
+    on_last = loop.measure(dataclasses.replace(plan, abstract=run.state), run, averaged.test_data, loop.never).metrics
+    assert result.metrics == on_average
+    assert on_average != on_last
+
+
+def test_a_second_run_in_a_directory_is_refused_before_it_compiles(config, tmp_path, capsys):
+    with loop.guard.locked(tmp_path), pytest.raises(ValueError, match="is being trained in by process"):
+        loop.train(config, tmp_path)
+    assert "compiling" not in capsys.readouterr().out
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_trace_of_some_steps_is_written(config, tmp_path):
+    loop.train(dataclasses.replace(config, steps=4, test_data=None, metric=None), tmp_path, silent=True, profile=(2, 3))
+    assert any((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_utilisation_is_the_work_of_the_products_over_the_peak(config, tmp_path, monkeypatch):
+    alone = dataclasses.replace(config, mesh=MeshShape(), steps=3, test_data=None, metric=None)
+    one_device = jax.devices()[:1]
+    plan = loop.prepare(alone, one_device)
+    assert plan.flops() == loop.prepare(dataclasses.replace(alone, accumulate=4), one_device).flops()
+    result = loop.train(alone, tmp_path / "unknown", devices=one_device, silent=True)
+    assert "train/mfu" not in history(tmp_path / "unknown")[-1]
+    assert result.step == 3
+    monkeypatch.setattr(loop.hardware, "PEAK_FLOPS", {"cpu": 1e9})
+    loop.train(alone, tmp_path / "known", devices=one_device, silent=True)
+    line = history(tmp_path / "known")[-1]
+    wanted = line["train/examples_per_second"] * plan.flops() / 16 / 1e9
+    assert line["train/mfu"] == pytest.approx(wanted, rel=1e-6)
+
+
+def test_accelerators_are_known_by_their_full_names(monkeypatch):
+    class Device:
+        def __init__(self, kind):
+            self.device_kind = kind
+
+    peaks = {
+        kind: loop.hardware.peak_flops(Device(kind))
+        for kind in ("TPU v5 lite", "TPU v5", "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "cpu", "TPU v50")
+    }
+    assert list(peaks.values()) == [197e12, 459e12, 989e12, 312e12, None, None]
+
+
+def test_metrics_go_to_weights_and_biases_where_it_is_asked_for(config, tmp_path, monkeypatch):
+    class Fake:
+        def __init__(self):
+            self.lines, self.finished = [], False
+
+        def init(self, **settings):
+            self.settings = settings
+            return self
+
+        def log(self, values, step):
+            self.lines.append((step, values))
+
+        def finish(self):
+            self.finished = True
+
+    fake = Fake()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    short = dataclasses.replace(config, steps=3, test_data=None, metric=None)
+    loop.train(short, tmp_path / "run", silent=True, wandb="layers")
+    assert fake.settings["project"] == "layers"
+    assert [step for step, _ in fake.lines] == [1, 2, 3]
+    assert "train/loss" in fake.lines[0][1]
+    assert fake.finished
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="needs the package wandb; install it: pip install wandb"):
+        loop.train(short, tmp_path / "other", silent=True, wandb="layers")
+
+
+def test_the_notes_name_the_revision_of_the_sources(uninterrupted, tmp_path):
+    assert json.loads((uninterrupted[0] / "versions.json").read_text())["git"]
+    assert progress.git_revision(tmp_path) == "none"
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    (tmp_path / "a").write_text("1")
+    for arguments in (["init", "-q"], ["add", "a"], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *arguments], check=True)
+    clean = progress.git_revision(tmp_path)
+    assert len(clean) == 12
+    (tmp_path / "a").write_text("2")
+    assert progress.git_revision(tmp_path) == f"{clean}+changes"
+
+
+class FullDisk(loop.Checkpointer):
+    """Fails to save the steps in `full`, as a full disk does: the error comes at the next call."""
+
+    full = ()
+
+    def save(self, step, state, **rest):
+        failed, self.failed = getattr(self, "failed", None), None
+        if failed is not None:
+            raise loop.SaveError(failed, f"saving step {failed} failed (disk full)")
+        if step in self.full:
+            type(self).full = tuple(other for other in self.full if other != step)
+            self.failed = step
+            return True
+        return super().save(step, state, **rest)
+
+    def wait(self):
+        failed, self.failed = getattr(self, "failed", None), None
+        if failed is not None:
+            raise loop.SaveError(failed, f"saving step {failed} failed (disk full)")
+        super().wait()
+
+
+@pytest.mark.parametrize("full", [(3,), (3, 6), (9,), (6, 9)])
+def test_a_save_that_fails_is_named_and_the_run_goes_on(config, uninterrupted, tmp_path, monkeypatch, capsys, full):
+    monkeypatch.setattr(loop, "Checkpointer", FullDisk)
+    monkeypatch.setattr(FullDisk, "full", full)
+    result = loop.train(config, tmp_path)
+    out = capsys.readouterr().out
+    for step in full:
+        assert f"warning: saving step {step} failed (disk full)" in out
+    assert_bitwise(result.state, uninterrupted[1].state)
+    assert loop.train(config, tmp_path, silent=True).step == 9  # the last one is on disk
+
+
+def test_the_last_save_must_succeed(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "Checkpointer", FullDisk)
+    monkeypatch.setattr(FullDisk, "full", (9, 9))
+    monkeypatch.setattr(FullDisk, "save", lambda self, step, state, **rest: self.fail(step), raising=False)
+
+    def fail(self, step):
+        raise loop.SaveError(step, f"saving step {step} failed (disk full)")
+
+    monkeypatch.setattr(FullDisk, "fail", fail, raising=False)
+    with pytest.raises(loop.SaveError, match="saving step 9 failed"):
+        loop.train(config, tmp_path, silent=True)

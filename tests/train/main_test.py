@@ -124,6 +124,61 @@ def test_interrupted_and_killed_runs_end_bitwise_where_the_uninterrupted_run_end
     assert_same_end(tmp_path, uninterrupted)
 
 
+def output_until(process, text):
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if text in line:
+            return "".join(lines)
+    raise AssertionError("".join(lines))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_a_signal_while_compiling_ends_before_the_first_step(tmp_path, number):
+    process = start(tmp_path, "--devices=2", "--set=steps=300")
+    output_until(process, "compiling")
+    process.send_signal(number)
+    output, code = finish(process)
+    assert code == 128 + number, output
+    assert f"stopped by {number.name}: " in output
+    assert len(steps_logged(tmp_path)) <= 2
+
+
+def test_a_hang_ends_the_command_with_its_stacks(tmp_path):
+    # Compiling takes longer than this limit and gives no sign of life.
+    process = start(tmp_path, "--devices=2", "--set=hang_seconds=0.05")
+    output, code = finish(process)
+    assert code == 1
+    assert "Timeout" in output
+    assert "in take_steps" in output
+
+
+def test_two_runs_in_one_directory_are_refused(tmp_path, capsys):
+    process = start(tmp_path, "--devices=2", "--set=steps=3000")
+    try:
+        output_until(process, "compiling")
+        assert main([str(TINY), "--workdir", str(tmp_path)]) == 2
+    finally:
+        process.kill()
+        finish(process)
+    assert f"is being trained in by process {process.pid} on" in capsys.readouterr().err
+
+
+def test_a_learning_rate_is_suggested(tmp_path, capsys):
+    assert main([str(TINY), "--find-rate", "--set=mesh.data=8", "--workdir", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "optim.learning_rate=" in out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["learning_rate.csv", "learning_rate.png"]
+
+
+@pytest.mark.parametrize("text", ["10", "0:3", "5:4", "a:b"])
+def test_profile_takes_two_steps_in_order(text, capsys):
+    with pytest.raises(SystemExit) as error:
+        main([str(TINY), "--profile", text])
+    assert error.value.code == 2
+    assert "must be two steps in order, as 10:20" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_kill_at_random_moments_changes_nothing(uninterrupted, tmp_path):
     rng = random.Random(0)

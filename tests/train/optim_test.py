@@ -100,15 +100,72 @@ def test_adamw_equals_optax_adamw(params):
         np.testing.assert_allclose(update, wanted[path], rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "sgd"])
-def test_optimisers_descend(name):
-    params = {"x": jnp.asarray([3.0, -2.0])}
+@pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "adafactor", "muon"])
+@pytest.mark.parametrize("params", [{"x": jnp.asarray([3.0, -2.0])}, {"kernel": jnp.diag(jnp.asarray([1.0, -0.5]))}])
+def test_optimisers_descend(name, params):
     transform, _ = optim.build(Optim(name=name, learning_rate=0.05, weight_decay=0.0, schedule="linear"), 200)
-    state = transform.init(params)
+    state, update = transform.init(params), jax.jit(transform.update)
     for _ in range(200):
-        step, state = transform.update(params, state, params)
+        step, state = update(params, state, params)
         params = optax.apply_updates(params, step)
-    assert float(jnp.abs(params["x"]).max()) < 0.2
+    assert float(jnp.abs(jax.tree.leaves(params)[0]).max()) < 0.2
+
+
+def test_muon_orthogonalises_matrices_and_leaves_the_rest_to_adam(params):
+    rng = np.random.default_rng(0)
+    gradients = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), params)
+    settings = {"weight_decay": 0.0, "clip_norm": None, "schedule": "constant", "learning_rate": 1.0}
+    moved = updates(Optim(name="muon", **settings), params, gradients)
+    adam = updates(Optim(**settings), params, gradients)
+    query = moved["block_0/query/kernel"]
+    values = np.linalg.svd(query, compute_uv=False)
+    assert values.max() / values.min() < 2  # the Newton-Schulz iteration is rough
+    assert np.linalg.cond(gradients["block_0"]["query"]["kernel"]) > 4
+    assert np.sum(query * gradients["block_0"]["query"]["kernel"]) < 0
+    for path in ("embed/bias", "block_0/relative_position_bias_table", "head/kernel", "block_1/stacked/scale"):
+        np.testing.assert_allclose(moved[path], adam[path], rtol=1e-5, err_msg=path)
+
+
+def test_adafactor_keeps_a_row_and_a_column_for_a_large_matrix():
+    transform, _ = optim.build(Optim(name="adafactor"), 10)
+    shapes = jax.eval_shape(transform.init, {"kernel": jnp.zeros((256, 512))})
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) < 256 + 512 + 10
+
+
+def test_rates_multiply_the_first_match(params):
+    gradients = jax.tree.map(jnp.ones_like, params)
+    plain = updates(Optim(clip_norm=None), params, gradients)
+    moved = updates(Optim(clip_norm=None, rates=((r"^head/", 4.0), ("kernel$", 0.5))), params, gradients)
+    for path, update in plain.items():
+        factor = 4.0 if path.startswith("head/") else 0.5 if path.endswith("kernel") else 1.0
+        np.testing.assert_allclose(moved[path], factor * update, rtol=1e-6)
+
+
+def test_frozen_parameters_neither_move_nor_carry_moments(params):
+    gradients = jax.tree.map(jnp.ones_like, params)
+    settings = Optim(freeze=("^embed/", "^block_0/"))
+    moved = updates(settings, params, gradients)
+    assert {path for path, update in moved.items() if not np.any(update)} == {
+        path for path in moved if path.startswith(("embed/", "block_0/"))
+    }
+    sizes = [
+        sum(leaf.size for leaf in jax.tree.leaves(optim.build(one, 10)[0].init(params))) for one in (settings, Optim())
+    ]
+    fixed = sum(leaf.size for leaf in jax.tree.leaves((params["embed"], params["block_0"])))
+    assert sizes[1] - sizes[0] == 2 * fixed
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (Optim(freeze=("^hed/",)), r"'\^hed/' matches no parameter, for example .*'head/.*set optim.freeze"),
+        (Optim(freeze=("",)), "must leave something to train"),
+        (Optim(rates=(("^tail/", 2.0),)), r"'\^tail/' matches no parameter.*set optim.rates"),
+    ],
+)
+def test_patterns_that_match_nothing_are_refused(params, settings, message):
+    with pytest.raises(ValueError, match=message):
+        optim.build(settings, 10)[0].init(params)
 
 
 @pytest.mark.parametrize(
