@@ -10,7 +10,7 @@ import math
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import jax
@@ -18,14 +18,17 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-__all__ = ["Checkpointer", "Restored", "Skipped"]
+__all__ = ["Checkpointer", "DamageError", "Restored", "SaveError", "Skipped", "Step", "find_step"]
 
 _LOG = logging.getLogger(__name__)
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _REMOVING = ".removing-"
 _DAMAGED = "damaged"
 _MANIFEST = "manifest.json"
+_COMMITTED = "commit_success.txt"  # Orbax writes it last
 _FORMAT = 1
+_STEP = r"(0|[1-9]\d*)"
+_SETTLE_SECONDS = 120.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +63,19 @@ class Skipped:
     reason: str
 
 
-class _DamageError(Exception):
+class SaveError(RuntimeError):
+    """A step could not be written; earlier steps are whole, and later ones can be saved.
+
+    Attributes:
+        step: the step.
+    """
+
+    def __init__(self, step: int, text: str) -> None:
+        super().__init__(text)
+        self.step = step
+
+
+class DamageError(Exception):
     """A checkpoint cannot be trusted; the message says why."""
 
 
@@ -135,6 +150,7 @@ class Checkpointer:
         directory: epath.PathLike,
         *,
         keep_last: int = 2,
+        keep_every: int | None = None,
         keep_best: int = 1,
         metric: str | None = None,
         mode: str = "max",
@@ -142,25 +158,37 @@ class Checkpointer:
         """Opens a checkpoint directory; nothing on disk changes before the first `save`.
 
         Args:
-            directory: where the steps lie; made by the first `save`.
+            directory: where the steps lie, made by the first `save`: a folder, or `gs://bucket/folder` (which needs
+                the package gcsfs). Other stores can be used where they are mounted as a folder.
             keep_last: how many of the newest steps to keep, at least 1. While a save is under way there is one more.
+            keep_every: steps that are multiples of it stay for good; None keeps none so.
             keep_best: how many of the best steps to keep besides them; needs `metric`.
             metric: the name of the metric that ranks steps; None ranks nothing. Steps saved without it, or with a
                 value that is not finite, are never the best.
             mode: "max" if larger is better, "min" if smaller is.
 
         Raises:
-            ValueError: if a count is too small or the mode unknown.
+            ValueError: if a count is too small, or the mode or the kind of store unknown.
         """
         if keep_last < 1:
             raise ValueError(f"keep_last={keep_last} must be at least 1; the newest step is what a run resumes from")
+        if keep_every is not None and keep_every < 1:
+            raise ValueError(f"keep_every={keep_every} must be at least 1; set None to keep no step for good")
         if keep_best < 0:
             raise ValueError(f"keep_best={keep_best} must not be negative; set 0 to keep no best step")
         if mode not in ("max", "min"):
             raise ValueError(f"mode={mode!r} must be 'max' or 'min'; set mode")
-        self.directory = epath.Path(directory).absolute()
+        scheme = re.match(r"(\w+)://", str(directory))
+        if scheme is not None and scheme[1] != "gs":
+            raise ValueError(
+                f"directory={str(directory)!r} must be a folder or gs://bucket/folder; mount the store as a folder"
+            )
+        self._is_store = scheme is not None  # it renames nothing, and a step bears its name from the start
+        self.directory = epath.Path(directory)
+        if not self._is_store:  # the address of a store would become a name in the working directory
+            self.directory = self.directory.absolute()
         self.skipped: list[Skipped] = []
-        self._keep_last, self._keep_best = keep_last, keep_best
+        self._keep_last, self._keep_every, self._keep_best = keep_last, keep_every, keep_best
         self._metric, self._mode = metric, mode
         self._handled: int | None = None  # the newest step that this object saved or restored
         self._pending: int | None = None  # the step whose save has not been confirmed yet
@@ -170,9 +198,12 @@ class Checkpointer:
         absl_logger = logging.getLogger("absl")
         if _QUIET not in absl_logger.filters:
             absl_logger.addFilter(_QUIET)
+        # Replicas share the writing where that spreads it over hosts; on one, slicing them costs more than it gives.
+        arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=jax.process_count() > 1)
+        registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
         self._orbax = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(
-                state=ocp.StandardCheckpointHandler(),
+                state=ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
                 manifest=ocp.JsonCheckpointHandler(filename=_MANIFEST),
             )
         )
@@ -203,7 +234,8 @@ class Checkpointer:
     ) -> bool:
         """Starts saving a step; returns once the state has been copied, so that it may be donated.
 
-        The write goes on in the background. If it fails, the next call of `save`, `wait`, `restore` or `close` raises.
+        The write goes on in the background. If it fails, the next call of `save`, `wait`, `restore` or `close` raises;
+        a `save` that raises for an earlier step has not started its own: call it again.
 
         Args:
             step: the step number, larger than any saved before.
@@ -216,7 +248,7 @@ class Checkpointer:
 
         Raises:
             ValueError: if the step is not newer than what is on disk, or something cannot be stored.
-            RuntimeError: if this save, or the one before it, failed; names the step that did.
+            SaveError: if this save, or the one before it, failed; names the step that did.
         """
         step = int(step)
         if step < 0:
@@ -251,16 +283,13 @@ class Checkpointer:
             for (name, leaf), digest in zip(leaves.items(), _digests(stored), strict=True)
         }
         manifest = {"sha256": _checksum(content), "content": content}
-        try:
+        arguments = ocp.args.Composite(state=ocp.args.PyTreeSave(_nest(stored)), manifest=ocp.args.JsonSave(manifest))
+
+        def start() -> None:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._orbax.save(
-                self.directory / str(step),
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(_nest(stored)), manifest=ocp.args.JsonSave(manifest)
-                ),
-            )
-        except Exception as error:
-            raise RuntimeError(self._failure(step, error)) from error
+            self._orbax.save(self.directory / str(step), args=arguments)
+
+        self._try_to_save(step, start)
         self._pending = self._handled = step
         return True
 
@@ -268,7 +297,7 @@ class Checkpointer:
         """Blocks until the last save is on disk and steps that are no longer kept are gone.
 
         Raises:
-            RuntimeError: if the save failed; names its step.
+            SaveError: if the save failed; names its step.
         """
         self._finish()
 
@@ -276,14 +305,14 @@ class Checkpointer:
         """Waits, then releases the threads.
 
         Raises:
-            RuntimeError: if the last save failed; names its step.
+            SaveError: if the last save failed; names its step.
         """
         try:
             self._finish()
         finally:
             self._orbax.close()
 
-    def restore(self, like: Any, *, step: int | None = None) -> Restored | None:
+    def restore(self, like: Any, *, step: int | None = None, cast: bool = False) -> Restored | None:
         """Restores the newest intact step onto the given shardings, whatever mesh it was saved on.
 
         Damaged, half-written and empty steps are named by a warning, listed in `skipped`, and passed over.
@@ -293,6 +322,8 @@ class Checkpointer:
             like: a pytree of `jax.ShapeDtypeStruct`s (or arrays) with the wanted structure, shapes, dtypes and
                 shardings.
             step: restore this step only.
+            cast: turn floating numbers of another width into those of `like`, after the comparison with the digests;
+                False refuses them.
 
         Returns:
             The checkpoint, or None if there is no intact one.
@@ -300,7 +331,7 @@ class Checkpointer:
         Raises:
             ValueError: if the newest intact step holds other leaves, shapes or dtypes than `like`: that is a changed
                 model and not damage, so no older step is tried. Also if the `step` asked for is missing or damaged.
-            RuntimeError: if a save still under way fails.
+            SaveError: if a save still under way fails.
         """
         self._finish()
         self.skipped = []
@@ -315,8 +346,8 @@ class Checkpointer:
                 self._skip(found, path, "half-written: the save was cut off before it was committed")
         for found, path in candidates:
             try:
-                restored = self._restore_step(found, path, wanted, like)
-            except _DamageError as damage:
+                restored = self._restore_step(found, path, wanted, like, cast)
+            except DamageError as damage:
                 if step is not None:
                     raise ValueError(
                         f"step={step} must be intact, but {damage}; choose one of {self.steps()} or step=None"
@@ -332,55 +363,40 @@ class Checkpointer:
             _LOG.warning("no intact checkpoint in %s", self.directory)
         return None
 
-    def _restore_step(self, step: int, path: epath.Path, wanted: dict[str, Any], like: Any) -> Restored:
+    def _restore_step(self, step: int, path: epath.Path, wanted: dict[str, Any], like: Any, cast: bool) -> Restored:
         """Restores and verifies one step."""
-        problem, content = None, {}
+        problem, found = None, None
         try:
-            content = _read_manifest(step, path)
-        except _DamageError as damage:
+            found = Step.open(step, path)
+        except DamageError as damage:
             problem = str(damage)
         _agree(problem)
-        if content["format"] != _FORMAT:
-            raise ValueError(
-                f"checkpoint {path} must have format {_FORMAT}, got {content['format']}; "
-                "restore it with the release that wrote it"
-            )
-        stored = content["leaves"]
-        _check_structure(path, stored, wanted)
-        abstract = {name: _abstract(leaf) for name, leaf in wanted.items()}
-        arrays: dict[str, jax.Array] = {}
-        try:
-            # The handler rather than the checkpointer, whose restore ends in a barrier that a process whose read has
-            # failed would never reach.
-            with _quiet_reads(), contextlib.closing(ocp.StandardCheckpointHandler()) as reader:
-                tree = reader.restore(path / "state", args=ocp.args.StandardRestore(_nest(abstract)))
-            arrays = _flatten_names(tree)
-        except Exception as error:
-            if _is_device_failure(error):
-                raise
-            problem = f"{_unreadable(path, abstract)} cannot be read ({_first_line(error)})"
-        _agree(problem)
-        for name, digest in zip(arrays, _digests(arrays), strict=True):
-            if digest != stored[name]["digest"]:
-                raise _DamageError(f"leaf {name!r} does not match its digest")
-        leaves = [_with_keys(arrays[name], leaf) for name, leaf in wanted.items()]
+        assert found is not None
+        _check_structure(path, found.leaves, wanted, cast)
+        arrays = found.read(wanted)
+        leaves = [_with_keys(_cast(arrays[name], leaf), leaf) for name, leaf in wanted.items()]
         state = jax.tree.unflatten(jax.tree.structure(like), leaves)
-        return Restored(step=step, state=state, data=content["data"], metrics=content["metrics"])
+        return Restored(step=step, state=state, data=found.content["data"], metrics=found.content["metrics"])
 
     def _candidates(self) -> list[tuple[int, epath.Path]]:
         """Lists what bears a step's name, newest first, whether or not it is intact."""
-        if not self.directory.exists():
-            return []
-        found = ((path.name, path) for path in self.directory.iterdir())
-        return sorted(((int(name), path) for name, path in found if re.fullmatch(r"0|[1-9]\d*", name)), reverse=True)
+        return [(step, path) for step, path in self._named(_STEP) if self._is_whole(path)]
 
     def _unfinished(self) -> list[tuple[int, epath.Path]]:
         """Lists what interrupted saves left behind, newest first."""
+        begun = [(step, path) for step, path in self._named(_STEP) if not self._is_whole(path)]
+        return sorted(begun + self._named(rf"(\d+){re.escape(_TEMPORARY)}.*"), reverse=True)
+
+    def _named(self, pattern: str) -> list[tuple[int, epath.Path]]:
+        """Lists the entries whose name matches, with the step in it, newest first."""
         if not self.directory.exists():
             return []
-        pattern = re.compile(rf"(\d+){re.escape(_TEMPORARY)}.*")
-        found = ((pattern.fullmatch(path.name), path) for path in self.directory.iterdir())
+        found = ((re.fullmatch(pattern, path.name), path) for path in self.directory.iterdir())
         return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
+
+    def _is_whole(self, path: epath.Path) -> bool:
+        """Tells whether a step was once complete: a folder gets its name only then, in a store it needs the file."""
+        return not self._is_store or (path / _COMMITTED).exists()
 
     def _skip(self, step: int, path: epath.Path, reason: str) -> None:
         """Names a checkpoint that is passed over."""
@@ -392,34 +408,81 @@ class Checkpointer:
         if self._pending is None:
             return
         step, self._pending = self._pending, None
-        try:
-            self._orbax.wait_until_finished()
-        except Exception as error:
-            self._handled = None
-            self._tidied = False  # the next save clears away what this one left behind
-            raise RuntimeError(self._failure(step, error)) from error
+        self._try_to_save(step, self._orbax.wait_until_finished)
         self._prune()
 
-    def _failure(self, step: int, error: Exception) -> str:
-        """Says that a step could not be saved, and why."""
-        return (
-            f"saving step {step} in {self.directory} failed ({_first_line(error)}); earlier steps are untouched: "
-            "free disk space or check the directory, then run again"
-        )
+    def _try_to_save(self, step: int, action: Callable[[], None]) -> None:
+        """Does a part of a save; if it fails on any process, clears away what there is and raises on all of them."""
+        problem, cause = None, None
+        try:
+            action()
+        except Exception as error:
+            problem, cause = _first_line(error), error
+        problem = _shared(problem)
+        if problem is None:
+            return
+        self._handled = None
+        self._tidied = False  # whatever appears later, the next save clears away
+        self._settle()
+        _synchronise("settled")
+        if jax.process_index() == 0:
+            with contextlib.suppress(OSError):
+                for found, path in self._unfinished():
+                    if found == step:
+                        path.rmtree(missing_ok=True)
+        _synchronise("cleared")
+        raise SaveError(
+            step,
+            f"saving step {step} in {self.directory} failed ({problem}); earlier steps are untouched: "
+            "free disk space or check the directory",
+        ) from cause
+
+    def _settle(self) -> None:
+        """Waits for the threads of a failed save: Orbax raises at the first that fails, while others still write.
+
+        They would put files of the failed attempt among those of the next one at the same step.
+        """
+        manager = getattr(self._orbax, "_async_manager", None)
+        for part in getattr(manager, "_commit_futures", None) or ():
+            with contextlib.suppress(Exception):
+                part.result(timeout=_SETTLE_SECONDS)
 
     def _prune(self) -> None:
         """Removes every committed step that is neither among the newest nor among the best."""
         steps = self.steps()
         keep = {*steps[: self._keep_last], *self._ranked(steps)[: self._keep_best]}
+        if self._keep_every is not None:
+            keep |= {step for step in steps if step % self._keep_every == 0}
         self._manifests = {step: manifest for step, manifest in self._manifests.items() if step in keep}
         if jax.process_index() == 0:
             for step in steps:
                 if step not in keep:
-                    # Renamed first: a removal that is cut off must not leave something that looks like a damaged step.
-                    doomed = self.directory / f"{_REMOVING}{step}"
-                    (self.directory / str(step)).rename(doomed)
-                    doomed.rmtree(missing_ok=True)
+                    self._remove(self.directory / str(step))
         _synchronise("prune")
+
+    def _remove(self, path: epath.Path) -> None:
+        """Removes a step so that a removal that is cut off leaves nothing that looks like a damaged one."""
+        if self._is_store:
+            (path / _COMMITTED).unlink(missing_ok=True)
+        else:
+            path = path.rename(self.directory / f"{_REMOVING}{path.name}")
+        path.rmtree(missing_ok=True)
+
+    def _move_aside(self, path: epath.Path) -> None:
+        """Moves a damaged step into `damaged/`; in a store that is a copy."""
+        aside = self.directory / _DAMAGED / path.name
+        if aside.is_dir():
+            aside.rmtree()
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        if not self._is_store:
+            path.replace(aside)
+            return
+        for folder, _, names in path.walk():
+            target = aside / folder.relative_to(path)
+            target.mkdir(parents=True, exist_ok=True)
+            for name in names:
+                (folder / name).copy(target / name)
+        self._remove(path)
 
     def _ranked(self, steps: list[int]) -> list[int]:
         """Orders the steps that have a finite metric from best to worst, newer first among equals."""
@@ -428,7 +491,7 @@ class Checkpointer:
             if step not in self._manifests:
                 try:
                     self._manifests[step] = _read_manifest(step, self.directory / str(step))
-                except _DamageError:
+                except DamageError:
                     continue  # restore is the one to name it
             value = self._manifests[step]["metrics"].get(self._metric, math.nan)
             if math.isfinite(value):
@@ -447,31 +510,128 @@ class Checkpointer:
                 path.rmtree(missing_ok=True)
             for step, path in self._candidates():
                 if step in self._damaged or _missing_part(path) is not None:
-                    aside = self.directory / _DAMAGED / str(step)
-                    if aside.is_dir():
-                        aside.rmtree()
-                    aside.parent.mkdir(parents=True, exist_ok=True)
-                    path.replace(aside)
+                    self._move_aside(path)
         self._damaged.clear()
         _synchronise("tidy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One step on disk, its manifest read and verified.
+
+    Attributes:
+        number: the step.
+        path: its directory.
+        content: the manifest.
+    """
+
+    number: int
+    path: epath.Path
+    content: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, number: int, path: epath.Path) -> Self:
+        """Reads the manifest."""
+        content = _read_manifest(number, path)
+        if content["format"] != _FORMAT:
+            raise ValueError(
+                f"checkpoint {path} must have format {_FORMAT}, got {content['format']}; "
+                "restore it with the release that wrote it"
+            )
+        return cls(number, path, content)
+
+    @property
+    def leaves(self) -> Mapping[str, Mapping[str, Any]]:
+        """Shape, dtype (as text) and digest of every leaf, by its path, such as `params/head/kernel`."""
+        leaves: Mapping[str, Mapping[str, Any]] = self.content["leaves"]
+        return leaves
+
+    def read(self, wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """Reads the leaves of these names, in their stored dtype, and compares them with their digests.
+
+        Args:
+            wanted: for each name an array or `jax.ShapeDtypeStruct` with the sharding that is wanted.
+
+        Raises:
+            DamageError: if a leaf cannot be read or is not what was saved; on every process.
+        """
+        stored = self.leaves
+        abstract = {name: _abstract(leaf, stored[name]["dtype"]) for name, leaf in wanted.items()}
+        arrays: dict[str, jax.Array] = {}
+        problem = None
+        try:
+            # The handler rather than the checkpointer, whose restore ends in a barrier that a process whose read has
+            # failed would never reach.
+            with _quiet_reads(), contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
+                arrays = _flatten_names(_read(reader, self.path, abstract))
+        except Exception as error:
+            if _is_device_failure(error):
+                raise
+            problem = f"{_unreadable(self.path, abstract)} cannot be read ({_first_line(error)})"
+        _agree(problem)
+        for name, digest in zip(arrays, _digests(arrays), strict=True):
+            if digest != stored[name]["digest"]:
+                raise DamageError(f"leaf {name!r} does not match its digest")
+        return arrays
+
+
+def _read(reader: ocp.PyTreeCheckpointHandler, path: epath.Path, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> Any:
+    """Reads some leaves of a step."""
+    item = _nest(abstract)
+    arguments = ocp.checkpoint_utils.construct_restore_args(item)
+    return reader.restore(
+        path / "state", args=ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True)
+    )
+
+
+def find_step(place: epath.PathLike, step: int | None = None) -> list[Step]:
+    """Returns the steps with an intact manifest at a place, newest first.
+
+    Args:
+        place: a run's directory, a directory of steps, or one step.
+        step: this step only.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    place = epath.Path(place)
+    folders = [place / "checkpoints", place]
+    named = [(int(place.name), place)] if place.name.isdecimal() and (place / "manifest").exists() else []
+    for folder in folders:
+        if not named and folder.is_dir():
+            named = [(int(path.name), path) for path in folder.iterdir() if re.fullmatch(r"0|[1-9]\d*", path.name)]
+    found = []
+    for number, path in sorted(named, reverse=True):
+        if step is None or number == step:
+            try:
+                found.append(Step.open(number, path))
+            except DamageError as damage:
+                _LOG.warning("skipped checkpoint %s: %s", path, damage)
+    if not found:
+        numbers = sorted(number for number, _ in named)
+        raise ValueError(
+            f"{place} must hold an intact checkpoint{'' if step is None else f' of step {step}'}; it has "
+            f"{f'steps {numbers}' if numbers else 'none'}: choose another path or step"
+        )
+    return found
 
 
 def _read_manifest(step: int, path: epath.Path) -> dict[str, Any]:
     """Reads the manifest of a step and verifies it against its own checksum."""
     missing = _missing_part(path)
     if missing is not None:
-        raise _DamageError(missing)
+        raise DamageError(missing)
     try:
         manifest = json.loads((path / "manifest" / _MANIFEST).read_text())
         content = manifest["content"]
         intact = manifest["sha256"] == _checksum(content)
         owner = content["step"]
     except (OSError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise _DamageError(f"its manifest cannot be read ({_first_line(error)})") from error
+        raise DamageError(f"its manifest cannot be read ({_first_line(error)})") from error
     if not intact:
-        raise _DamageError("its manifest does not match its checksum")
+        raise DamageError("its manifest does not match its checksum")
     if owner != step:
-        raise _DamageError(f"its manifest belongs to step {owner}")
+        raise DamageError(f"its manifest belongs to step {owner}")
     return content
 
 
@@ -484,6 +644,8 @@ def _missing_part(path: epath.Path) -> str | None:
     for part in ("state", f"manifest/{_MANIFEST}"):
         if not (path / part).exists():
             return f"it has no {part}"
+    if not ocp.utils.is_checkpoint_finalized(path):  # object stores commit by a file
+        return "it was not committed"
     return None
 
 
@@ -492,13 +654,8 @@ def _unreadable(path: epath.Path, abstract: Mapping[str, jax.ShapeDtypeStruct]) 
     damaged, readable = [], False
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
         for name, leaf in abstract.items():
-            item = _nest({name: leaf})
-            arguments = ocp.checkpoint_utils.construct_restore_args(item)
             try:
-                reader.restore(
-                    path / "state",
-                    args=ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True),
-                )
+                _read(reader, path, {name: leaf})
                 readable = True
             except Exception:
                 damaged.append(name)
@@ -571,23 +728,41 @@ def _empty_key(like: Any) -> jax.Array:
     return jax.numpy.empty((0,), dtype=like.dtype)
 
 
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Returns what to ask Orbax for."""
+def _abstract(leaf: Any, stored: str) -> jax.ShapeDtypeStruct:
+    """Returns what to ask Orbax for: the wanted shape and place, the stored dtype."""
     sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shape, dtype = tuple(leaf.shape), leaf.dtype
     if _is_key(dtype):
         data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(shape, dtype))
         shape, dtype = data.shape, data.dtype
+    else:
+        dtype = jax.numpy.dtype(stored)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
-def _check_structure(path: epath.Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def _cast(array: jax.Array, like: Any) -> jax.Array:
+    """Returns an array in the floating dtype that is wanted."""
+    return array if _is_key(like.dtype) or array.dtype == like.dtype else array.astype(like.dtype)
+
+
+def _is_floating(dtype: str) -> bool:
+    try:
+        return bool(jax.numpy.issubdtype(jax.numpy.dtype(dtype), jax.numpy.floating))
+    except TypeError:  # a key
+        return False
+
+
+def _check_structure(
+    path: epath.Path, stored: Mapping[str, Any], wanted: Mapping[str, Any], cast: bool = False
+) -> None:
     """Raises if a checkpoint holds another state than the one asked for."""
     remedy = "use the model and optimiser it was saved with, or another directory"
     for name, leaf in wanted.items():
         if name not in stored:
             raise ValueError(f"checkpoint {path} must hold leaf {name!r}, but has no such leaf; {remedy}")
         for field, value in (("shape", list(leaf.shape)), ("dtype", str(leaf.dtype))):
+            if field == "dtype" and cast and _is_floating(stored[name][field]) and _is_floating(str(value)):
+                continue
             if stored[name][field] != value:
                 raise ValueError(
                     f"checkpoint {path} must hold leaf {name!r} with {field} {value}, "
@@ -704,14 +879,20 @@ def _is_device_failure(error: BaseException) -> bool:
 
 def _agree(problem: str | None) -> None:
     """Raises on every process if any of them has a problem, so that all walk back together."""
+    problem = _shared(problem)
+    if problem is not None:
+        raise DamageError(problem)
+
+
+def _shared(problem: str | None) -> str | None:
+    """Returns the problem of this process, or one that says which other process has one."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
         troubled = np.asarray(multihost_utils.process_allgather(np.asarray(problem is not None))).reshape(-1)
         if troubled.any() and problem is None:
-            problem = f"process {int(troubled.argmax())} cannot read it"
-    if problem is not None:
-        raise _DamageError(problem)
+            problem = f"process {int(troubled.argmax())} cannot go on"
+    return problem
 
 
 def _synchronise(name: str) -> None:

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from train import checkpoint
-from train.checkpoint import Checkpointer, Restored
+from train.checkpoint import Checkpointer, DamageError, Restored, find_step
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -303,6 +303,13 @@ def test_newest_and_best_are_both_kept(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path / "max")) == ["1", "4", "5"]
 
 
+def test_multiples_stay_for_good_beside_them(tmp_path: Path) -> None:
+    values = [0.5, 0.9, 0.8, 0.7, 0.6, 0.4, 0.3, 0.2]
+    kept = run_with_metrics(tmp_path / "both", values, metric="accuracy", keep_every=3)
+    assert kept == [7, 6, 3, 1, 0]
+    assert run_with_metrics(tmp_path / "alone", values, keep_last=1, keep_every=4) == [7, 4, 0]
+
+
 def test_steps_without_a_finite_metric_are_never_the_best(tmp_path: Path) -> None:
     values = [float("nan"), None, 0.1, float("inf"), None, None]
     assert run_with_metrics(tmp_path, values, metric="accuracy") == [5, 4, 2]
@@ -353,6 +360,7 @@ def test_saving_a_step_twice_is_harmless_and_an_older_one_is_refused(tmp_path: P
     [
         ({"keep_last": 0}, "keep_last=0 must be at least 1"),
         ({"keep_best": -1}, "keep_best=-1 must not be negative"),
+        ({"keep_every": 0}, "keep_every=0 must be at least 1"),
         ({"mode": "best"}, "mode='best' must be 'max' or 'min'"),
     ],
 )
@@ -394,6 +402,45 @@ def test_a_changed_model_is_an_error_and_not_damage(saved: Path, states: dict[in
         with pytest.raises(ValueError, match=message):
             checkpointer.restore(like)
         assert checkpointer.skipped == []
+
+
+def test_another_precision_is_taken_when_it_is_asked_for(saved: Path, states: dict[int, dict]) -> None:
+    like = abstract(states[2])
+    kernel = like["params"]["head"]["kernel"]
+    half = jax.ShapeDtypeStruct(kernel.shape, jnp.bfloat16, sharding=kernel.sharding)
+    like["params"]["head"].update(kernel=half)
+    with Checkpointer(saved) as checkpointer:
+        restored = checkpointer.restore(like, cast=True)
+        assert restored is not None
+        found = restored.state["params"]["head"]["kernel"]
+        assert found.dtype == jnp.bfloat16
+        assert found.sharding == kernel.sharding
+        wanted = states[2]["params"]["head"]["kernel"].astype(jnp.bfloat16)
+        np.testing.assert_array_equal(found.astype(jnp.float32), wanted.astype(jnp.float32))
+        whole_number = jax.ShapeDtypeStruct(kernel.shape, jnp.int32, sharding=kernel.sharding)
+        like["params"]["head"].update(kernel=whole_number)
+        with pytest.raises(ValueError, match="with dtype int32, got float32"):
+            checkpointer.restore(like, cast=True)
+
+
+def test_some_leaves_of_a_step_can_be_read_alone(saved: Path, states: dict[int, dict]) -> None:
+    newest, older = find_step(saved)
+    assert (newest.number, older.number) == (2, 1)
+    wanted = states[2]["params"]["head"]["kernel"]
+    arrays = newest.read({"params/head/kernel": wanted})
+    assert list(arrays) == ["params/head/kernel"]
+    np.testing.assert_array_equal(arrays["params/head/kernel"], wanted)
+    (only,) = find_step(saved / "1")
+    assert only.number == 1
+
+
+def test_a_read_leaf_that_is_damaged_is_named_and_others_are_not(copy: Path, states: dict[int, dict]) -> None:
+    kernel = states[2]["params"]["body"]["kernel"]
+    flip(*place_of(kernel, copy / "2"))
+    step = find_step(copy, 2)[0]
+    with pytest.raises(DamageError, match="leaf 'params/body/kernel'"):
+        step.read({"params/body/kernel": kernel})
+    assert step.read({"params/head/kernel": states[2]["params"]["head"]["kernel"]})
 
 
 # ------------------------------------------------------------------------------------------------------- damage
@@ -509,19 +556,29 @@ def test_without_the_digest_the_flipped_bit_passes_silently(
     assert content(restored.state) != content(states[2])
 
 
-def test_no_flipped_bit_anywhere_gives_a_wrong_state(copy: Path, states: dict[int, dict]) -> None:
+def test_no_damage_to_any_file_gives_a_wrong_state(copy: Path, states: dict[int, dict]) -> None:
     rng = np.random.default_rng(0)
     files = sorted(path for path in (copy / "2").rglob("*") if path.is_file() and path.stat().st_size)
-    caught = 0
+    assert len(files) >= 8
+
+    def truncate(path: Path) -> None:
+        path.write_bytes(path.read_bytes()[: int(rng.integers(path.stat().st_size))])
+
+    def flip_one(path: Path) -> None:
+        flip(path, int(rng.integers(path.stat().st_size)), int(rng.integers(8)))
+
+    caught = {}
     for path in files:
         intact = path.read_bytes()
-        for _ in range(2):
-            flip(path, int(rng.integers(len(intact))), int(rng.integers(8)))
+        for damage in (flip_one, truncate, Path.unlink):
+            damage(path)
             restored, skipped = restore(copy, abstract(states[2]))
+            # Either the damage is named and the step before is used, or it lies where it changes nothing.
             assert_holds(restored, 1 if skipped else 2, states)
-            caught += bool(skipped)
+            assert all(entry.reason for entry in skipped)
+            caught[damage.__name__] = caught.get(damage.__name__, 0) + bool(skipped)
             path.write_bytes(intact)
-    assert caught >= 5
+    assert min(caught.values()) >= 3
 
 
 def test_everything_damaged_gives_none_and_says_so(
@@ -804,7 +861,7 @@ def test_two_processes_walk_back_together_when_one_of_them_cannot_read(tmp_path:
     for rank, (output, _) in enumerate(results):
         first, newest, older, last = [line for line in output.splitlines() if not line.startswith("[Gloo]")]
         assert first == "1 True"
-        assert newest == "3 process 1 cannot read it" if rank == 0 else newest.startswith("3 leaf 'x' cannot be read")
+        assert newest == "3 process 1 cannot go on" if rank == 0 else newest.startswith("3 leaf 'x' cannot be read")
         assert older == "2 leaf 'x' does not match its digest"
         assert last == "4 True [4, 1]"
     assert sorted(os.listdir(tmp_path)) == ["1", "4", "damaged"]
