@@ -1,18 +1,36 @@
-"""Data: sources of records, batches that depend on nothing but the seed and their number, and augmentation."""
+"""Data: batches that depend on nothing but the seed and their number, read ahead by threads or worker processes.
+
+The sources of records live in `train.sources` and the augmentation in `train.augment`; their names are found here too.
+"""
 
 import dataclasses
-import difflib
 import functools
-import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
-import grain
-import numpy as np
+from train import workers as processes
+from train.augment import RandomAffine, random_affine
+from train.sources import (
+    Record,
+    Source,
+    arrays,
+    describe,
+    digest,
+    digits,
+    graphs,
+    image_folder,
+    point_cloud_buckets,
+    point_clouds,
+    table,
+    tfds,
+)
+from train.workers import CORRUPT, Transform
 
 __all__ = [
+    "CORRUPT",
     "RandomAffine",
     "Record",
     "Source",
@@ -22,198 +40,28 @@ __all__ = [
     "digits",
     "evaluation_batches",
     "fingerprint",
+    "graphs",
+    "image_folder",
+    "point_cloud_buckets",
+    "point_clouds",
+    "prefetch",
     "random_affine",
+    "table",
     "tfds",
 ]
 
-Record = dict[str, np.ndarray]
-Transform = Callable[[Record, np.random.Generator], Record]
-
-_WHOLE = 64 << 20  # bytes of an in-memory source that are digested in full
-_SAMPLES = 64  # records that stand for a source that is not
 _ENDLESS = 1 << 60  # rows; a length that survives the arithmetic of batching, unlike sys.maxsize
-
-
-@runtime_checkable
-class Source(Protocol):
-    """Records by index, all with the same names, shapes and dtypes."""
-
-    def __len__(self) -> int:
-        """Returns the number of records."""
-        ...
-
-    def __getitem__(self, index: int) -> Record:
-        """Returns one record."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class _Arrays:
-    """A source over equally long arrays in memory."""
-
-    columns: Mapping[str, np.ndarray]
-
-    def __len__(self) -> int:
-        return len(next(iter(self.columns.values())))
-
-    def __getitem__(self, index: int) -> Record:
-        return {name: np.asarray(column[index]) for name, column in self.columns.items()}
-
-    def digest(self) -> str:
-        """Returns a SHA-256 of the content, of evenly spread records if there is much of it."""
-        small = sum(column.nbytes for column in self.columns.values()) <= _WHOLE
-        rows = slice(None) if small else _spread(len(self), _SAMPLES * 64)
-        return _sha256({name: column[rows] for name, column in self.columns.items()})
-
-
-@dataclasses.dataclass(frozen=True)
-class _Prepared:
-    """A source over a TFDS data source."""
-
-    examples: Any
-    description: str
-    columns: tuple[str, ...] | None
-    prepare: Callable[[Record], Record] | None
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> Record:
-        example = self.examples[index]
-        names = example if self.columns is None else self.columns
-        record = {name: np.asarray(example[name]) for name in names}
-        return record if self.prepare is None else self.prepare(record)
-
-    def digest(self) -> str:
-        """Returns a SHA-256 of the description and of evenly spread records."""
-        records = [_sha256(self[index]) for index in _spread(len(self), _SAMPLES)]
-        return hashlib.sha256("\n".join([self.description, *records]).encode()).hexdigest()
-
-
-def arrays(**columns: np.ndarray) -> Source:
-    """Makes a source of equally long arrays; record `i` holds row `i` of each.
-
-    Args:
-        **columns: the arrays by name, records along axis 0.
-
-    Returns:
-        The source.
-
-    Raises:
-        ValueError: if there is no array, no row, or the lengths differ.
-    """
-    converted = {name: np.asarray(column) for name, column in columns.items()}
-    shapes = {name: column.shape for name, column in converted.items()}
-    lengths = {shape[0] if shape else 0 for shape in shapes.values()}
-    if len(lengths) != 1 or 0 in lengths:
-        raise ValueError(f"columns must have the same length of at least 1, got shapes {shapes}; pass one row a record")
-    return _Arrays(converted)
-
-
-def digits(split: Literal["train", "test"]) -> Source:
-    """Makes a source of the 1,797 handwritten digits that come with scikit-learn.
-
-    A third of each class, always the same third, is held out: 1,198 records for "train", 599 for "test".
-
-    Args:
-        split: "train" or "test".
-
-    Returns:
-        A source of records `{"image": float32 [8, 8, 1] in [0, 1], "label": int32}`.
-
-    Raises:
-        ValueError: if the split is unknown.
-    """
-    if split not in ("train", "test"):
-        raise ValueError(f"split={split!r} must be 'train' or 'test'; set split")
-    images, labels = _load_digits()
-    # RandomState, unlike Generator, promises the same stream in every NumPy release.
-    order = np.random.RandomState(0).permutation(len(labels))
-    held_out = np.zeros(len(labels), bool)
-    for label in range(10):
-        members = order[labels[order] == label]
-        held_out[members[: round(len(members) / 3)]] = True
-    chosen = held_out if split == "test" else ~held_out
-    return _Arrays({"image": images[chosen], "label": labels[chosen]})
-
-
-@functools.cache
-def _load_digits() -> tuple[np.ndarray, np.ndarray]:
-    """Loads images in [0, 1] and labels."""
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    return (bunch.images / 16).astype(np.float32)[..., None], bunch.target.astype(np.int32)
-
-
-def tfds(
-    name: str,
-    split: str,
-    data_dir: str | Path | None = None,
-    *,
-    columns: Sequence[str] | None = None,
-    prepare: Callable[[Record], Record] | None = None,
-) -> Source:
-    """Opens a prepared TensorFlow Datasets dataset, without TensorFlow.
-
-    Args:
-        name: the dataset, such as "mnist" or "name/config:1.0.0".
-        split: the split in TFDS's slicing language, such as "train" or "train[:80%]".
-        data_dir: where datasets lie; None means `TFDS_DATA_DIR` or `~/tensorflow_datasets`.
-        columns: the features to keep; None keeps all.
-        prepare: a deterministic step for every record (crop, scale, cast), before any random transform.
-
-    Returns:
-        The source. Images come as the uint8 arrays that TFDS decodes, unless `prepare` changes them.
-
-    Raises:
-        FileNotFoundError: if the dataset is not prepared there in a format with random access; gives the command.
-        ValueError: if the split or a column does not exist.
-    """
-    import tensorflow_datasets
-
-    where = "" if data_dir is None else f", data_dir={str(data_dir)!r}"
-    remedy = f'prepare it with: python -c "import tensorflow_datasets as t; t.data_source({name!r}{where})"'
-    place = "~/tensorflow_datasets or $TFDS_DATA_DIR" if data_dir is None else str(data_dir)
-    try:
-        builder = tensorflow_datasets.builder(name, data_dir=data_dir)
-    except tensorflow_datasets.core.DatasetNotFoundError as error:
-        known = tensorflow_datasets.list_builders(with_community_datasets=False)
-        near = difflib.get_close_matches(name.split("/")[0].split(":")[0], known, n=3)
-        hint = f"did you mean {', '.join(near)}?" if near else "put the folder it was written to into data_dir"
-        raise FileNotFoundError(
-            f"dataset {name!r} must be known to TFDS or lie in {place}, got neither; {hint}"
-        ) from error
-    if not builder.info.splits:
-        raise FileNotFoundError(f"dataset {name!r} must be prepared in {place}, got no files there; {remedy}")
-    try:
-        examples = builder.as_data_source(split=split)
-    except NotImplementedError as error:
-        found = getattr(builder.info.file_format, "value", builder.info.file_format)
-        raise FileNotFoundError(
-            f"dataset {name!r} must be prepared as array_record for random access, got {found} in {builder.data_dir}; "
-            f"move that folder away and {remedy}"
-        ) from error
-    except ValueError as error:
-        raise ValueError(
-            f"split={split!r} must be one of {sorted(builder.info.splits)} or a slice of one; set split"
-        ) from error
-    unknown = sorted(set(columns or ()) - set(builder.info.features or ()))
-    if unknown:
-        raise ValueError(f"columns={list(columns or ())} must be among {sorted(builder.info.features)}; drop {unknown}")
-    description = f"{builder.info.full_name} {split} {_qualified_name(prepare)}"
-    return _Prepared(examples, description, None if columns is None else tuple(columns), prepare)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    """The rows of the global batches that one process holds, one after the other, as a random-access sequence.
+    """The rows of the global batches that one process holds, one after the other.
 
     Process `p` of `n` holds rows `p b : (p + 1) b` of every batch, `b = batch_size / n`. Putting the rows of all
     processes together in order therefore gives the same batch for every `n`.
     """
 
-    stream: Any
+    row: Callable[[int], processes.Row]
     batch_size: int
     start: int
     process_index: int
@@ -223,28 +71,24 @@ class _Rows:
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> processes.Row:
         rows = self.batch_size // self.process_count
         batch, row = divmod(index, rows)
-        return self.stream[(self.start + batch) * self.batch_size + self.process_index * rows + row]
+        return self.row((self.start + batch) * self.batch_size + self.process_index * rows + row)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Weighted:
-    """Every example once, then copies of the last one with weight 0."""
+class _Records:
+    """The records of rows, for the threads of Grain."""
 
-    source: Source
-    transform: Transform | None
+    rows: _Rows
+    reader: processes.Reader
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> Record:
-        real = min(index, len(self.source) - 1)
-        record = self.source[real]
-        if self.transform is not None:
-            record = self.transform(record, np.random.default_rng(real))
-        return {**record, "weight": np.asarray(float(index < len(self.source)), np.float32)}
+        return self.reader(self.rows[index], functools.partial(processes.warn_once, self.reader.source))
 
 
 def batches(
@@ -257,12 +101,14 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
     threads: int = 1,
+    workers: int = 0,
+    on_corrupt: Literal["stop", "skip"] = "stop",
 ) -> Iterator[Record]:
     """Yields shuffled batches without end.
 
     Global batch `k` is a function of `source`, `batch_size`, `seed`, `transform` and `k` alone, augmentation included:
-    starting at `k`, or with another number of processes, gives the same batch. Every epoch has its own order; a batch
-    may reach over the end of one epoch into the next.
+    starting at `k`, or with another number of processes, threads or workers, gives the same batch. Every epoch has its
+    own order (Grain's index shuffle); a batch may reach over the end of one epoch into the next.
 
     Args:
         source: the records.
@@ -272,26 +118,34 @@ def batches(
         start: the number of the first global batch.
         process_index: which of the processes this is; it gets that contiguous block of rows of every batch.
         process_count: how many processes share the batch.
-        threads: how many threads read ahead.
+        threads: how many threads read ahead, without workers.
+        workers: how many worker processes read and transform, a batch at a time; 0 = threads of this process. Workers
+            get a copy of `source` and `transform`, so both must pickle. One that dies is replaced, with a warning.
+        on_corrupt: what to do about a record that raises when it is read or transformed. "stop" raises, naming it.
+            "skip" takes the next record that can be read in its place, names it once in the log, and adds the int32
+            entry `CORRUPT`, 1 for a record that stands in for another.
 
     Returns:
-        An iterator over the rows of this process, stacked by name.
+        An iterator over the rows of this process, stacked by name; `close()` ends its threads or workers.
 
     Raises:
         ValueError: if an argument is out of range.
+        RuntimeError: from the iterator, if a record cannot be read or workers keep dying.
     """
-    _check_batches(source, batch_size, process_index, process_count)
+    _check_batches(source, batch_size, process_index, process_count, threads, workers, on_corrupt)
     if not 0 <= seed < 1 << 32:
         raise ValueError(f"seed={seed} must lie in 0..2^32-1; set seed")
     if start < 0:
         raise ValueError(f"start={start} must not be negative; set start to the number of the first batch")
-    if threads < 1:
-        raise ValueError(f"threads={threads} must be at least 1; set threads")
-    stream = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-    if transform is not None:
-        stream = stream.random_map(transform)
-    rows = _Rows(stream, batch_size, start, process_index, process_count, _ENDLESS)
-    return _iterate(rows, batch_size // process_count, threads)
+    import grain  # it imports JAX, which a worker process that unpickles something of this module must not
+
+    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+
+    def row(position: int) -> processes.Row:
+        return processes.Row(int(order[position]), key=(seed, position))
+
+    rows = _Rows(row, batch_size, start, process_index, process_count, _ENDLESS)
+    return _iterate(rows, processes.Reader(source, transform, on_corrupt), threads, workers)
 
 
 def evaluation_batches(
@@ -302,6 +156,8 @@ def evaluation_batches(
     process_index: int = 0,
     process_count: int = 1,
     threads: int = 1,
+    workers: int = 0,
+    on_corrupt: Literal["stop", "skip"] = "stop",
 ) -> Iterator[Record]:
     """Yields every example exactly once, in order, as batches of equal size.
 
@@ -315,24 +171,37 @@ def evaluation_batches(
             the same (for instance rotated) examples.
         process_index: which of the processes this is.
         process_count: how many processes share the batch; all of them get the same number of batches.
-        threads: how many threads read ahead.
+        threads: as for `batches`.
+        workers: as for `batches`.
+        on_corrupt: as for `batches`; an example that cannot be read gets weight 0.
 
     Returns:
-        An iterator over the rows of this process, stacked by name.
+        An iterator over the rows of this process, stacked by name; `close()` ends its threads or workers.
 
     Raises:
         ValueError: if an argument is out of range.
+        RuntimeError: from the iterator, if a record cannot be read or workers keep dying.
     """
-    _check_batches(source, batch_size, process_index, process_count)
-    if threads < 1:
-        raise ValueError(f"threads={threads} must be at least 1; set threads")
-    count = math.ceil(len(source) / batch_size)
-    local = batch_size // process_count
-    rows = _Rows(_Weighted(source, transform), batch_size, 0, process_index, process_count, count * local)
-    return _iterate(rows, local, threads)
+    _check_batches(source, batch_size, process_index, process_count, threads, workers, on_corrupt)
+    examples = len(source)
+
+    def row(position: int) -> processes.Row:
+        return processes.Row(min(position, examples - 1), weight=float(position < examples))
+
+    count = math.ceil(examples / batch_size) * (batch_size // process_count)
+    rows = _Rows(row, batch_size, 0, process_index, process_count, count)
+    return _iterate(rows, processes.Reader(source, transform, on_corrupt), threads, workers)
 
 
-def _check_batches(source: Source, batch_size: int, process_index: int, process_count: int) -> None:
+def _check_batches(
+    source: Source,
+    batch_size: int,
+    process_index: int,
+    process_count: int,
+    threads: int,
+    workers: int,
+    on_corrupt: str,
+) -> None:
     """Raises if the arguments that both kinds of batches share are out of range."""
     if len(source) < 1:
         raise ValueError(f"source must have at least one record, got {len(source)}; choose another split")
@@ -344,165 +213,143 @@ def _check_batches(source: Source, batch_size: int, process_index: int, process_
         raise ValueError(
             f"batch_size={batch_size} must be a positive multiple of process_count={process_count}; set batch_size"
         )
+    if threads < 1:
+        raise ValueError(f"threads={threads} must be at least 1; set threads")
+    if workers < 0:
+        raise ValueError(f"workers={workers} must not be negative; set workers, 0 for threads of this process")
+    if on_corrupt not in ("stop", "skip"):
+        raise ValueError(f'on_corrupt={on_corrupt!r} must be "stop" or "skip"; set on_corrupt')
 
 
-def _iterate(rows: _Rows, local_batch_size: int, threads: int) -> Iterator[Record]:
-    """Stacks rows into batches, reading ahead in threads that end with the iterator."""
+def _iterate(rows: _Rows, reader: processes.Reader, threads: int, workers: int) -> Iterator[Record]:
+    """Stacks the records of rows into batches, reading ahead in threads or processes that end with the iterator."""
+    local = rows.batch_size // rows.process_count
+    if workers:
+        blocks = ([rows[index + row] for row in range(local)] for index in range(0, len(rows), local))
+        return processes.Workers(reader, blocks, workers, rows.start)
+    return _in_threads(_Records(rows, reader), local, threads)
+
+
+def _in_threads(records: _Records, size: int, threads: int) -> Iterator[Record]:
+    import grain
+
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    iterator = iter(grain.MapDataset.source(rows).batch(local_batch_size).to_iter_dataset(options))
+    dataset = grain.MapDataset.source(records).batch(size, batch_fn=processes.stack)
+    iterator = iter(dataset.to_iter_dataset(options))
     try:
         yield from iterator
     finally:
         iterator.close()
 
 
-def fingerprint(source: Source, *, batch_size: int, seed: int, transform: Transform | None) -> dict[str, Any]:
+def prefetch(batches: Iterator[Any], put: Callable[[Any], Any], depth: int = 2) -> Iterator[Any]:
+    """Applies `put` to batches ahead of their use, in one thread, in order.
+
+    The thread starts at once and keeps up to `depth` results, so that host batches are on the device when the step
+    wants them. What `batches` or `put` raises is raised in the place of the batch that it concerns.
+
+    Args:
+        batches: host batches; closed with the result.
+        put: makes a device batch of a host batch. It runs in another thread: contexts that belong to one (`with mesh:`)
+            do not reach it.
+        depth: how many results may wait.
+
+    Returns:
+        An iterator over the results; `close()` ends its thread and closes `batches`.
+
+    Raises:
+        ValueError: if `depth` is less than 1.
+    """
+    if depth < 1:
+        raise ValueError(f"depth={depth} must be at least 1; set depth")
+    return _Prefetched(batches, put, depth)
+
+
+class _Prefetched(Iterator[Any]):
+    """The results of a thread that works ahead."""
+
+    def __init__(self, batches: Iterator[Any], put: Callable[[Any], Any], depth: int) -> None:
+        self._results: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue()
+        # Room is asked for before a batch is made: `depth` device batches are waiting at most, not one more in hand.
+        self._room = threading.Semaphore(depth)
+        self._closed = threading.Event()
+        # Workers can be ended while the thread waits for them; a generator must not be touched while it runs.
+        self._interrupt = batches.close if isinstance(batches, processes.Workers) else lambda: None
+        arguments = (batches, put, self._results, self._room, self._closed)
+        self._thread = threading.Thread(target=_fill, args=arguments, name="prefetch", daemon=True)
+        self._thread.start()
+
+    def __next__(self) -> Any:
+        if self._closed.is_set():
+            raise StopIteration
+        result, error = self._results.get()
+        if error is not None:
+            self.close()
+            raise error
+        self._room.release()
+        return result
+
+    def close(self) -> None:
+        """Ends the thread and closes the batches; the iterator is over then."""
+        self._closed.set()
+        self._room.release()
+        self._interrupt()
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout=10)  # a read that hangs must not hold up the end of a run
+
+    def __del__(self) -> None:
+        self._closed.set()
+        self._room.release()
+
+
+def _fill(
+    batches: Iterator[Any],
+    put: Callable[[Any], Any],
+    results: "queue.Queue[tuple[Any, BaseException | None]]",
+    room: threading.Semaphore,
+    closed: threading.Event,
+) -> None:
+    try:
+        while room.acquire() and not closed.is_set():
+            results.put((put(next(batches)), None))
+    except BaseException as error:  # StopIteration among them
+        results.put((None, error))
+    finally:
+        close = getattr(batches, "close", None)
+        if close is not None:
+            close()
+
+
+def fingerprint(
+    source: Source,
+    *,
+    batch_size: int,
+    seed: int,
+    transform: Transform | None,
+    on_corrupt: Literal["stop", "skip"] = "stop",
+    batch_transform: Callable[..., Any] | None = None,
+) -> dict[str, Any]:
     """Describes what decides the batches, to compare when a run resumes.
 
     Args:
         source: the records.
         batch_size: records in the global batch.
         seed: the seed of the order and augmentation.
-        transform: the augmentation.
+        transform: the augmentation of a record.
+        on_corrupt: as for `batches`.
+        batch_transform: the augmentation of a batch.
 
     Returns:
         A dict that JSON can hold: two that are equal mean the same sequence of batches. Small sources in memory are
-        digested in full, others by a sample of records; a transform counts by its qualified name and parameters.
+        digested in full, others by a sample of records; a transform counts by its qualified name, its parameters and
+        the variables that it encloses. Processes, threads and workers do not count: they change nothing.
     """
-    digest = getattr(source, "digest", None)
-    if digest is None:
-        spread = _spread(len(source), _SAMPLES)
-        content = hashlib.sha256("\n".join(_sha256(source[int(index)]) for index in spread).encode()).hexdigest()
-    else:
-        content = digest()
     return {
         "length": len(source),
-        "content": content,
+        "content": digest(source),
         "batch_size": int(batch_size),
         "seed": int(seed),
-        "transform": _qualified_name(transform),
+        "transform": describe(transform),
+        "on_corrupt": on_corrupt,
+        "batch_transform": describe(batch_transform),
     }
-
-
-def _qualified_name(function: Any) -> str:
-    """Names a callable and its parameters, the same in every process."""
-    if function is None:
-        return "none"
-    if isinstance(function, functools.partial):
-        parameters = [repr(value) for value in function.args]
-        parameters += [f"{name}={value!r}" for name, value in sorted(function.keywords.items())]
-        return f"{_qualified_name(function.func)}({', '.join(parameters)})"
-    if hasattr(function, "__qualname__"):
-        return f"{function.__module__}.{function.__qualname__}"
-    kind = type(function)
-    if dataclasses.is_dataclass(function):
-        fields = ((field.name, getattr(function, field.name)) for field in dataclasses.fields(function))
-        parameters = [f"{name}={_qualified_name(v) if callable(v) else repr(v)}" for name, v in fields]
-        return f"{kind.__module__}.{kind.__qualname__}({', '.join(parameters)})"
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def _spread(length: int, count: int) -> np.ndarray:
-    """Returns up to `count` evenly spread indices, the first and the last among them."""
-    return np.unique(np.linspace(0, length - 1, min(length, count)).round().astype(np.int64))
-
-
-def _sha256(record: Mapping[str, np.ndarray]) -> str:
-    """Digests arrays by name, with their dtypes and shapes."""
-    digest = hashlib.sha256()
-    for name in sorted(record):
-        value = np.asarray(record[name])
-        digest.update(f"{name} {value.dtype} {value.shape};".encode())
-        digest.update(repr(value.tolist()).encode() if value.dtype == object else np.ascontiguousarray(value).tobytes())
-    return digest.hexdigest()
-
-
-@dataclasses.dataclass(frozen=True)
-class RandomAffine:
-    """Shifts, turns and scales the record's "image" at random about its centre.
-
-    Pixels are interpolated bilinearly, in float32 whatever the image's dtype; what comes from outside the image is 0.
-
-    Attributes:
-        max_shift: the largest shift along each axis, in pixels.
-        max_degrees: the largest turn either way, in degrees.
-        max_scale: the largest relative change of size; 0.1 means factors from 1/1.1 to 1.1.
-        key: the name of the image in the record, `[height, width, channels]`.
-    """
-
-    max_shift: float
-    max_degrees: float
-    max_scale: float
-    key: str = "image"
-
-    def __call__(self, record: Record, generator: np.random.Generator) -> Record:
-        """Returns the record with its image moved."""
-        down, right, turn, size = (2 * generator.random(4) - 1).tolist()
-        image = _warp(
-            record[self.key],
-            math.radians(self.max_degrees * turn),
-            (1 + self.max_scale) ** size,
-            self.max_shift * down,
-            self.max_shift * right,
-        )
-        return {**record, self.key: image}
-
-
-def random_affine(max_shift: float = 1.0, max_degrees: float = 10.0, max_scale: float = 0.1) -> RandomAffine:
-    """Makes an augmentation by small random shifts, turns and changes of size.
-
-    Args:
-        max_shift: the largest shift along each axis, in pixels.
-        max_degrees: the largest turn either way, in degrees.
-        max_scale: the largest relative change of size.
-
-    Returns:
-        A transform for `batches`; its parameters are part of the fingerprint.
-
-    Raises:
-        ValueError: if a bound is negative or not finite.
-    """
-    for name, value in (("max_shift", max_shift), ("max_degrees", max_degrees), ("max_scale", max_scale)):
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name}={value} must be a finite number of at least 0; set {name}")
-    return RandomAffine(float(max_shift), float(max_degrees), float(max_scale))
-
-
-@functools.lru_cache(maxsize=64)
-def _grid(height: int, width: int) -> np.ndarray:
-    """Returns the homogeneous centred pixel coordinates, rows y, x, 1."""
-    y, x = np.mgrid[:height, :width].reshape(2, -1)
-    grid = np.stack([y - (height - 1) / 2, x - (width - 1) / 2, np.ones_like(y)])
-    grid.setflags(write=False)
-    return grid
-
-
-def _warp(image: np.ndarray, angle: float, scale: float, down: float, right: float) -> np.ndarray:
-    """Turns by `angle` (radians, from x to y), scales, then shifts an image `[height, width, channels]`.
-
-    Works backwards: the output pixel at `p` reads the input at `R(-angle) (p - shift) / scale`.
-    """
-    height, width, channels = image.shape
-    cosine, sine = math.cos(angle) / scale, math.sin(angle) / scale
-    # One row and column of zeros before the image and two after it; reading beyond is clipped into them.
-    padded = np.zeros((height + 3, width + 3, channels), np.float32)
-    padded[1:-2, 1:-2] = image
-    centre_y, centre_x = (height + 1) / 2, (width + 1) / 2
-    matrix = np.array(
-        [
-            [cosine, -sine, centre_y - cosine * down + sine * right],
-            [sine, cosine, centre_x - sine * down - cosine * right],
-        ]
-    )
-    places = matrix @ _grid(height, width)
-    np.maximum(places, 0, out=places)
-    np.minimum(places, [[height + 1], [width + 1]], out=places)
-    corners = places.astype(np.intp)
-    rest = (places - corners).astype(np.float32)[..., None]
-    first = corners[0] * (width + 3) + corners[1]
-    flat = padded.reshape(-1, channels)
-    top, left = flat[first], flat[first + (width + 3)]
-    top = top + (flat[first + 1] - top) * rest[1]
-    left = left + (flat[first + (width + 4)] - left) * rest[1]
-    result = top + (left - top) * rest[0]
-    return result.reshape(image.shape)

@@ -1,9 +1,11 @@
 """Batches are functions of the seed and their number; every example is evaluated once."""
 
 import functools
-import io
 import itertools
 import json
+import logging
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 
 from train import data
+from train.augment import Compose, mixup_cutmix
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -24,6 +27,13 @@ def noisy(record: data.Record, generator: np.random.Generator) -> data.Record:
 
 def louder(record: data.Record, generator: np.random.Generator, volume: float) -> data.Record:
     return {**record, "noise": volume * generator.random(2)}
+
+
+def scaled(volume: float) -> data.Transform:
+    def transform(record: data.Record, generator: np.random.Generator) -> data.Record:
+        return {**record, "noise": volume * generator.random(2)}
+
+    return transform
 
 
 @pytest.fixture(scope="module")
@@ -45,48 +55,6 @@ def assert_same(first: list[data.Record], second: list[data.Record]) -> None:
         for name in one:
             assert one[name].dtype == other[name].dtype
             np.testing.assert_array_equal(one[name], other[name])
-
-
-# ------------------------------------------------------------------------------------------------------ sources
-
-
-def test_digits_are_a_fixed_stratified_split() -> None:
-    train, test = data.digits("train"), data.digits("test")
-    assert (len(train), len(test)) == (1198, 599)
-    counts = [np.bincount([source[i]["label"] for i in range(len(source))]) for source in (train, test)]
-    assert counts[1].tolist() == [59, 61, 59, 61, 60, 61, 60, 60, 58, 60]
-    np.testing.assert_allclose(counts[1] / (counts[0] + counts[1]), 1 / 3, atol=0.002)
-    record = test[0]
-    assert record["image"].shape == (8, 8, 1)
-    assert record["image"].dtype == np.float32
-    assert record["label"].shape == ()
-    assert record["label"].dtype == np.int32
-    # Which third it is must never change: results of different runs would not compare.
-    assert data.fingerprint(test, batch_size=1, seed=0, transform=None)["content"] == (
-        "84c686a4b4d8ab766399ca8c2eee8c997d44e675ca46d91a6536012e2a4973e7"
-    )
-
-
-def test_digits_split_loses_and_repeats_nothing() -> None:
-    from sklearn.datasets import load_digits
-
-    images = [s[i]["image"] for s in (data.digits("train"), data.digits("test")) for i in range(len(s))]
-    stacked = np.stack(images)
-    assert stacked.min() == 0
-    assert stacked.max() == 1
-    ours = sorted((stacked.reshape(1797, 64) * 16).astype(int).tolist())
-    assert ours == sorted(load_digits().data.astype(int).tolist())
-    assert len({tuple(row) for row in ours}) == 1797  # all images differ, so the halves are disjoint
-
-
-def test_wrong_sources_are_refused() -> None:
-    with pytest.raises(ValueError, match="split='validation' must be 'train' or 'test'"):
-        data.digits("validation")
-    with pytest.raises(ValueError, match=r"same length of at least 1, got shapes {'a': \(3,\), 'b': \(4,\)}"):
-        data.arrays(a=np.zeros(3), b=np.zeros(4))
-    for columns in ({}, {"a": np.zeros((0, 3))}, {"a": np.float32(1)}):
-        with pytest.raises(ValueError, match="same length of at least 1"):
-            data.arrays(**columns)
 
 
 # ------------------------------------------------------------------------------------------------------ batches
@@ -142,6 +110,8 @@ def test_wrong_batches_are_refused_at_once(numbers: data.Source) -> None:
         ({"batch_size": 0}, "batch_size=0 must be a positive multiple"),
         ({"batch_size": 4, "process_index": 2, "process_count": 2}, "process_index=2 must lie in 0..process_count-1"),
         ({"batch_size": 4, "threads": 0}, "threads=0 must be at least 1"),
+        ({"batch_size": 4, "workers": -1}, "workers=-1 must not be negative"),
+        ({"batch_size": 4, "on_corrupt": "ignore"}, 'on_corrupt=\'ignore\' must be "stop" or "skip"'),
     ):
         with pytest.raises(ValueError, match=message):
             data.batches(numbers, seed=0, **options)
@@ -171,8 +141,11 @@ def test_an_error_in_a_record_reaches_the_caller() -> None:
         def __getitem__(self, index: int) -> data.Record:
             raise OSError("disk on fire")
 
-    with pytest.raises(OSError, match="disk on fire"):
+    with pytest.raises(
+        RuntimeError, match=r"record \d of .*Broken could not be read .*: OSError: disk on fire"
+    ) as raised:
         take(1, Broken(), batch_size=2, seed=0)
+    assert isinstance(raised.value.__cause__, OSError)
 
 
 # --------------------------------------------------------------------------------------------------- evaluation
@@ -206,6 +179,354 @@ def test_evaluation_transform_is_the_same_every_time(numbers: data.Source) -> No
     assert len(np.unique(noise(batch_size=4), axis=0)) == 23
 
 
+# -------------------------------------------------------------------------------------------------- worker processes
+
+
+class Marked:
+    """Numbers, some of which cannot be read, or kill the process that reads them."""
+
+    name = "marked"
+
+    def __init__(self, broken: tuple[int, ...] = (), deadly: tuple[int, ...] = (), length: int = 23) -> None:
+        self.broken, self.deadly, self.length = broken, deadly, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> data.Record:
+        if index in self.deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if index in self.broken:
+            raise OSError(f"bad sector {index}")
+        return {"index": np.asarray(index), "pid": np.asarray(os.getpid()), "jax": np.asarray("jax" in sys.modules)}
+
+
+def running(pid: int) -> bool:
+    """Returns whether a process exists and is more than an entry that nobody has collected."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{pid}/stat")
+    return not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def without(batches: list[data.Record], *names: str) -> list[data.Record]:
+    return [{name: value for name, value in batch.items() if name not in names} for batch in batches]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_any_number_of_workers_gives_the_same_batches(numbers: data.Source, count: int) -> None:
+    options = {"batch_size": 8, "seed": 3, "transform": noisy}
+    straight = take(9, numbers, **options)
+    assert_same(take(9, numbers, workers=count, **options), straight)
+
+
+def test_workers_go_on_from_any_batch_in_any_number_of_processes(numbers: data.Source) -> None:
+    """The state is the number of the batch."""
+    count, options = 2, {"batch_size": 8, "seed": 3, "transform": noisy}
+    straight = take(9, numbers, **options)
+    assert_same(take(5, numbers, workers=count, start=4, **options), straight[4:])
+    halves = [take(3, numbers, workers=count, start=2, process_index=p, process_count=2, **options) for p in (0, 1)]
+    joined = [{n: np.concatenate([a[n], b[n]]) for n in a} for a, b in zip(*halves, strict=True)]
+    assert_same(joined, straight[2:5])
+    evaluated = list(data.evaluation_batches(numbers, batch_size=5, transform=noisy))
+    assert_same(list(data.evaluation_batches(numbers, batch_size=5, transform=noisy, workers=count)), evaluated)
+
+
+def test_workers_are_other_processes_without_jax() -> None:
+    iterator = data.batches(Marked(), batch_size=4, seed=0, workers=2)
+    batches = list(itertools.islice(iterator, 8))
+    assert {pid for batch in batches for pid in batch["pid"].tolist()} == set(iterator.pids)
+    assert os.getpid() not in iterator.pids
+    assert not any(batch["jax"].any() for batch in batches)
+    pids = iterator.pids
+    iterator.close()
+    assert not any(map(running, pids))
+    assert next(iterator, None) is None
+
+
+def test_a_worker_that_is_killed_is_replaced_and_no_batch_changes(
+    numbers: data.Source, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {"batch_size": 8, "seed": 3, "transform": noisy}
+    straight = take(40, numbers, **options)
+    iterator = data.batches(numbers, workers=2, **options)
+    batches = [next(iterator)]
+    with caplog.at_level(logging.WARNING, "train.workers"):
+        for number in (1, 0, 1):
+            victim = iterator.pids[number]
+            os.kill(victim, signal.SIGKILL)
+            words = f"worker process {victim} of arrays(index, value) ended by signal SIGKILL"
+            # It is noticed when a batch is waited for, that is after those which were ready before.
+            while words not in caplog.text:
+                batches.append(next(iterator))
+            assert victim not in iterator.pids
+    batches += [next(iterator) for _ in range(2)]
+    iterator.close()
+    assert len(caplog.records) == 3
+    assert_same(batches, straight[: len(batches)])
+
+
+def test_a_record_that_kills_its_workers_stops_the_run_in_seconds(caplog: pytest.LogCaptureFixture) -> None:
+    start = time.monotonic()
+    with (
+        caplog.at_level(logging.WARNING, "train.workers"),
+        pytest.raises(
+            RuntimeError,
+            match=r"worker process \d+ of marked ended by signal SIGKILL while it made batch 0, the 3rd to do so",
+        ),
+    ):
+        list(data.evaluation_batches(Marked(deadly=(2,)), batch_size=4, workers=1))
+    assert len(caplog.records) == 2
+    assert time.monotonic() - start < 60
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_bad_record_stops_the_run_at_its_own_batch(count: int) -> None:
+    iterator = data.evaluation_batches(Marked(broken=(9,)), batch_size=4, workers=count)
+    assert [next(iterator)["index"].tolist() for _ in range(2)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    with pytest.raises(RuntimeError, match="record 9 of marked could not be read .*: OSError: bad sector 9") as raised:
+        next(iterator)
+    assert isinstance(raised.value.__cause__, OSError)
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_bad_record_is_replaced_by_the_next_and_counted(count: int, caplog: pytest.LogCaptureFixture) -> None:
+    source = Marked(broken=(3, 4, 22))
+    options = {"batch_size": 23, "seed": 1, "transform": noisy}
+    whole = without(take(2, Marked(), **options), "pid", "jax")
+    with caplog.at_level(logging.WARNING, "train.workers"):
+        batches = take(2, source, on_corrupt="skip", workers=count, **options)
+    for batch, before in zip(batches, whole, strict=True):
+        replaced = np.isin(before["index"], [3, 4, 22])
+        assert batch[data.CORRUPT].dtype == np.int32
+        np.testing.assert_array_equal(batch[data.CORRUPT], replaced)
+        expected = np.where(replaced, np.where(before["index"] == 22, 0, 5), before["index"])
+        np.testing.assert_array_equal(batch["index"], expected)
+        np.testing.assert_array_equal(batch["noise"], before["noise"])  # those of the row, whoever stands in
+    assert sorted(record.getMessage().split(" is skipped")[0] for record in caplog.records) == [
+        "record 22 of marked", "record 3 of marked", "record 4 of marked"
+    ]  # fmt: skip
+    assert data.CORRUPT not in take(1, Marked(), **options)[0]
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_bad_example_has_no_weight_in_evaluation(count: int) -> None:
+    source = Marked(broken=(3, 22))
+    batches = list(data.evaluation_batches(source, batch_size=8, on_corrupt="skip", workers=count))
+    weight, index, corrupt = (np.concatenate([b[n] for b in batches]) for n in ("weight", "index", data.CORRUPT))
+    assert index[weight == 1].tolist() == [i for i in range(23) if i not in (3, 22)]
+    assert np.flatnonzero(corrupt).tolist() == [3, 22]  # the padding after 22, a copy of it, is not counted again
+    assert len(weight) == 24
+
+
+def test_skipping_gives_up_when_nothing_can_be_read() -> None:
+    source = Marked(broken=tuple(range(20)))
+    with pytest.raises(RuntimeError, match="nor could the 16 records before it: OSError"):
+        list(data.evaluation_batches(source, batch_size=4, on_corrupt="skip"))
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_records_of_different_shapes_are_named(count: int) -> None:
+    class Growing:
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, index: int) -> data.Record:
+            return {"image": np.zeros((index + 1, 2))}
+
+    with pytest.raises(
+        ValueError, match=r"'image' must have one shape in all records of a batch, got \(1, 2\) and \(2, 2\)"
+    ):
+        list(data.evaluation_batches(Growing(), batch_size=2, workers=count))
+
+
+def test_what_does_not_pickle_is_refused() -> None:
+    lock = threading.Lock()
+    with pytest.raises(ValueError, match="source and transform must be picklable for workers=1, got TypeError"):
+        take(1, data.arrays(x=np.zeros(4)), batch_size=2, seed=0, transform=lambda r, g: (lock, r)[1], workers=1)
+
+
+def test_a_script_without_a_guard_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Its own functions reach the workers, it is not run again by them, and all ends without a word."""
+    (tmp_path / "script.py").write_text(
+        "import itertools, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import numpy as np\n"
+        "from train import data\n"
+        "print('once')\n"
+        "def loud(record, generator):\n"
+        "    print('a transform may print', file=sys.stdout if generator.random() < 0 else sys.stderr)\n"
+        "    print('and to stdout')\n"
+        "    return {'x': record['x'] + generator.random()}\n"
+        "source = data.arrays(x=np.arange(8.0))\n"
+        "def first(workers):\n"
+        "    iterator = data.batches(source, batch_size=8, seed=0, transform=loud, workers=workers)\n"
+        "    return iterator, next(iterator)['x'].tolist()\n"
+        "left_open, batch = first(2)\n"
+        "print(left_open.pids)\n"
+        "print(batch)\n"
+    )
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    once, pids, batch = done.stdout.splitlines()
+    assert once == "once"
+    assert set(done.stderr.splitlines()) == {"a transform may print", "and to stdout"}
+    source = data.arrays(x=np.arange(8.0))
+    shifted = lambda record, generator: {"x": record["x"] + (generator.random(), generator.random())[1]}  # noqa: E731
+    assert json.loads(batch) == take(1, source, batch_size=8, seed=0, transform=shifted)[0]["x"].tolist()
+    deadline = time.monotonic() + 5
+    while any(map(running, json.loads(pids))) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(map(running, json.loads(pids)))
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(
+        "import sys, time\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import numpy as np\n"
+        "from train import data\n"
+        "source = data.arrays(x=np.zeros((16, 1 << 16)))\n"  # batches that do not fit into a pipe
+        "batches = data.batches(source, batch_size=8, seed=0, workers=2)\n"
+        "next(batches)\n"
+        "print(batches.pids, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "script.py"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as parent:
+        pids = json.loads(parent.stdout.readline())
+        assert all(running(pid) for pid in pids)
+        parent.kill()
+        assert parent.stderr.read() == ""  # until the workers have closed it too
+    deadline = time.monotonic() + 10
+    while any(map(running, pids)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(map(running, pids))
+
+
+def test_a_transform_of_a_config_file_reaches_the_workers(tmp_path: Path) -> None:
+    from train import config
+
+    (tmp_path / "tiny_here.py").write_text(
+        "import dataclasses\n"
+        "from tests.train.tiny import config as other\n"
+        "def twice(record, generator):\n"
+        "    return {**record, 'tokens': 2 * record['tokens']}\n"
+        "def config(smoke=False):\n"
+        "    return dataclasses.replace(other(smoke), train_transform=twice)\n"
+    )
+    loaded = config.load(tmp_path / "tiny_here.py")
+    options = {"batch_size": 4, "seed": 0, "transform": loaded.train_transform}
+    assert_same(take(2, loaded.train_data, workers=1, **options), take(2, loaded.train_data, **options))
+
+
+def test_signals_to_the_whole_group_leave_the_end_to_the_run(numbers: data.Source) -> None:
+    iterator = data.batches(numbers, batch_size=8, seed=3, workers=1)
+    next(iterator)
+    pids = iterator.pids
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(pids[0], number)
+    for _ in range(6):
+        next(iterator)
+    assert iterator.pids == pids
+    iterator.close()
+
+
+# ------------------------------------------------------------------------------------------------------- prefetching
+
+
+def test_prefetching_keeps_order_and_puts_every_batch() -> None:
+    threads: set[str] = set()
+
+    def put(batch: int) -> int:
+        threads.add(threading.current_thread().name)
+        return 10 * batch
+
+    assert list(data.prefetch(iter(range(50)), put, depth=3)) == list(range(0, 500, 10))
+    assert threads == {"prefetch"}
+
+
+def test_prefetching_works_ahead_by_its_depth_and_no_more() -> None:
+    made: list[int] = []
+    iterator = data.prefetch(iter(range(100)), made.append, depth=3)
+
+    def settled() -> int:
+        deadline = time.monotonic() + 5
+        while len(made) < expected and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(0.05)
+        return len(made)
+
+    expected = 3
+    assert settled() == 3
+    next(iterator)
+    expected = 4
+    assert settled() == 4
+    iterator.close()
+
+
+@pytest.mark.parametrize("where", ["batches", "put"])
+def test_prefetching_raises_at_the_batch_that_failed(where: str) -> None:
+    closed = []
+
+    def batches():
+        try:
+            for number in range(10):
+                if where == "batches" and number == 4:
+                    raise OSError("batch 4")
+                yield number
+        finally:
+            closed.append(True)
+
+    def put(number: int) -> int:
+        if where == "put" and number == 4:
+            raise OSError("batch 4")
+        return number
+
+    iterator = data.prefetch(batches(), put)
+    assert [next(iterator) for _ in range(4)] == [0, 1, 2, 3]
+    with pytest.raises(OSError, match="batch 4"):
+        next(iterator)
+    assert closed == [True]
+    assert next(iterator, "over") == "over"
+
+
+def test_closing_a_prefetch_does_not_wait_for_workers(numbers: data.Source) -> None:
+    def stuck(record: data.Record, generator: np.random.Generator) -> data.Record:
+        time.sleep(300)
+        return record
+
+    iterator = data.prefetch(
+        data.batches(numbers, batch_size=4, seed=0, transform=stuck, workers=2), lambda batch: batch
+    )
+    deadline = time.monotonic() + 60
+    while not (pids := iterator._interrupt.__self__.pids) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    start = time.monotonic()
+    iterator.close()
+    assert time.monotonic() - start < 8
+    assert not iterator._thread.is_alive()
+    assert pids
+    assert not any(map(running, pids))
+
+
+def test_closing_a_prefetch_closes_the_batches_and_ends_its_thread(numbers: data.Source) -> None:
+    before = threading.active_count()
+    source = data.batches(numbers, batch_size=4, seed=0, workers=1)
+    iterator = data.prefetch(source, lambda batch: batch["index"])
+    next(iterator)
+    assert threading.active_count() > before
+    iterator.close()
+    assert threading.active_count() <= before
+    assert source.pids == []
+    assert next(iterator, "over") == "over"
+    with pytest.raises(ValueError, match="depth=0 must be at least 1"):
+        data.prefetch(iter(()), lambda batch: batch, depth=0)
+
+
 # -------------------------------------------------------------------------------------------------- fingerprint
 
 
@@ -230,6 +551,13 @@ def test_fingerprint_changes_with_all_that_changes_the_batches() -> None:
         data.fingerprint(data.arrays(x=values), **{**same, "transform": functools.partial(louder, volume=3)}),
         data.fingerprint(data.arrays(x=values), **{**same, "transform": data.random_affine(1, 0, 0)}),
         data.fingerprint(data.arrays(x=values), **{**same, "transform": data.random_affine(2, 0, 0)}),
+        data.fingerprint(data.arrays(x=values), **{**same, "transform": scaled(2)}),
+        data.fingerprint(data.arrays(x=values), **{**same, "transform": scaled(3)}),
+        data.fingerprint(data.arrays(x=values), **{**same, "transform": Compose((data.random_affine(2, 0, 0),))}),
+        data.fingerprint(data.arrays(x=values), **{**same, "transform": Compose((data.random_affine(1, 0, 0),))}),
+        data.fingerprint(data.arrays(x=values), **same, on_corrupt="skip"),
+        data.fingerprint(data.arrays(x=values), **same, batch_transform=mixup_cutmix(2)),
+        data.fingerprint(data.arrays(x=values), **same, batch_transform=mixup_cutmix(2, mixup_alpha=0.3)),
     ]
     assert len({json.dumps(entry, sort_keys=True) for entry in [base, *others]}) == 1 + len(others)
 
@@ -246,7 +574,7 @@ def test_fingerprint_names_are_stable_across_processes() -> None:
     assert names[0] == "none"
     assert not any(" at 0x" in name for name in names)
     assert names[2].endswith("louder(volume=2.0)")
-    assert names[3] == "train.data.RandomAffine(max_shift=1.0, max_degrees=10.0, max_scale=0.1, key='image')"
+    assert names[3] == "train.augment.RandomAffine(max_shift=1.0, max_degrees=10.0, max_scale=0.1, key='image')"
 
 
 def test_a_source_of_ones_own_is_sampled() -> None:
@@ -264,173 +592,6 @@ def test_a_source_of_ones_own_is_sampled() -> None:
     assert isinstance(Squares(0), data.Source)
     assert data.fingerprint(Squares(0), **same) == data.fingerprint(Squares(0), **same)
     assert data.fingerprint(Squares(0), **same) != data.fingerprint(Squares(1), **same)
-
-
-# ------------------------------------------------------------------------------------------------- augmentation
-
-
-def moved(image: np.ndarray, **motion: float) -> np.ndarray:
-    return data._warp(image, **{"angle": 0.0, "scale": 1.0, "down": 0.0, "right": 0.0, **motion})
-
-
-def test_warp_agrees_with_whole_pixel_shifts_and_quarter_turns() -> None:
-    image = np.random.default_rng(0).random((6, 9, 2)).astype(np.float32)
-    np.testing.assert_array_equal(moved(image), image)
-    down = np.zeros_like(image)
-    down[2:, :-1] = image[:-2, 1:]
-    np.testing.assert_allclose(moved(image, down=2, right=-1), down, atol=1e-6)
-    assert (moved(image, down=50, right=-50) == 0).all()
-    square = image[:, :6]
-    # Rows run down: a turn from x to y is clockwise on the screen.
-    np.testing.assert_allclose(moved(square, angle=np.pi / 2), np.rot90(square, -1), atol=1e-5)
-    np.testing.assert_allclose(moved(square, angle=np.pi), square[::-1, ::-1], atol=1e-5)
-
-
-def test_warp_is_the_bilinear_interpolation_of_scipy() -> None:
-    from scipy.ndimage import affine_transform
-
-    image = np.random.default_rng(1).random((8, 8)).astype(np.float32)
-    for angle, scale, down, right in [(0.3, 1.0, 0, 0), (-0.2, 1.3, 0.4, -1.7), (1.0, 0.7, 2.2, 0.6)]:
-        matrix = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) / scale
-        centre = np.full(2, 3.5)
-        offset = centre - matrix @ (centre + np.array([down, right]))
-        expected = affine_transform(image, matrix, offset, order=1, mode="grid-constant")
-        ours = moved(image[..., None], angle=angle, scale=scale, down=down, right=right)[..., 0]
-        np.testing.assert_allclose(ours, expected, atol=1e-5)
-
-
-def test_random_affine_stays_within_its_bounds_and_leaves_the_rest_alone() -> None:
-    image = np.zeros((15, 15, 1), np.float32)
-    image[6:9, 6:9] = 1
-    record = {"image": image, "label": np.int32(3)}
-    y, x = np.mgrid[:15, :15] - 7.0
-    shifts, masses, results = [], [], []
-    for seed in range(200):
-        result = data.random_affine(2.0, 30.0, 0.2)(record, np.random.default_rng(seed))
-        assert result["label"] is record["label"]
-        assert result["image"].dtype == np.float32
-        assert result["image"].min() >= 0
-        assert result["image"].max() <= 1 + 1e-6
-        mass = result["image"][..., 0].sum()
-        shifts.append([(result["image"][..., 0] * axis).sum() / mass for axis in (y, x)])
-        masses.append(mass / 9)
-        results.append(result["image"])
-    assert np.abs(shifts).max() <= 2.15
-    assert np.abs(shifts).max(axis=0).min() > 1.7
-    assert 0.6 < min(masses) < 0.75
-    assert 1.3 < max(masses) < 1.6
-    assert len(np.unique(np.stack(results).reshape(200, -1), axis=0)) == 200
-    again = data.random_affine(2.0, 30.0, 0.2)(record, np.random.default_rng(7))
-    np.testing.assert_array_equal(again["image"], results[7])
-    np.testing.assert_allclose(data.random_affine(0, 0, 0)(record, np.random.default_rng(0))["image"], image, atol=1e-6)
-    assert (record["image"][6:9, 6:9] == 1).all()
-    assert record["image"].sum() == 9
-
-
-def test_wrong_bounds_are_refused() -> None:
-    for bounds, message in (((-1, 0, 0), "max_shift=-1"), ((0, float("nan"), 0), "max_degrees=nan")):
-        with pytest.raises(ValueError, match=f"{message} must be a finite number of at least 0"):
-            data.random_affine(*bounds)
-
-
-# --------------------------------------------------------------------------------------------------------- TFDS
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve small PNGs and their labels as a TFDS dataset in array_record files, written without TensorFlow."""
-    import PIL.Image
-    import tensorflow_datasets
-
-    directory = tmp_path_factory.mktemp("tfds")
-
-    class TinyPictures(tensorflow_datasets.core.GeneratorBasedBuilder):
-        __module__ = "tiny_pictures"  # TFDS would look for download checksums beside the package of the module
-        VERSION = tensorflow_datasets.core.Version("1.0.0")
-
-        def _info(self):
-            features = tensorflow_datasets.features
-            return tensorflow_datasets.core.DatasetInfo(
-                builder=self,
-                features=features.FeaturesDict(
-                    {
-                        "image": features.Image(shape=(4, 4, 3)),
-                        "label": features.ClassLabel(num_classes=3),
-                        "name": features.Text(),
-                    }
-                ),
-            )
-
-        def _split_generators(self, dl_manager):
-            return {"train": self._generate_examples()}
-
-        def _generate_examples(self):
-            for number in range(12):
-                file = io.BytesIO()
-                PIL.Image.fromarray(picture(number)).save(file, format="PNG")
-                yield number, {"image": file.getvalue(), "label": number % 3, "name": f"n{number}"}
-
-    TinyPictures(data_dir=directory, file_format="array_record").download_and_prepare()
-    return directory
-
-
-def picture(number: int) -> np.ndarray:
-    return np.random.default_rng(number).integers(0, 256, (4, 4, 3), np.uint8)
-
-
-def as_float(record: data.Record) -> data.Record:
-    return {**record, "image": record["image"].astype(np.float32) / 255}
-
-
-def test_tfds_is_read_without_tensorflow(prepared: Path) -> None:
-    source = data.tfds("tiny_pictures", "train", prepared)
-    assert len(source) == 12
-    # TFDS writes records in an order of its own; their content is what counts.
-    records = {source[i]["name"].item().decode(): source[i] for i in range(12)}
-    for number in range(12):
-        np.testing.assert_array_equal(records[f"n{number}"]["image"], picture(number))
-        assert records[f"n{number}"]["label"] == number % 3
-    assert "tensorflow" not in sys.modules
-
-
-def test_tfds_batches_resume_and_split_like_any_other(prepared: Path) -> None:
-    source = data.tfds("tiny_pictures:1.0.0", "train[:10]", prepared, columns=["image", "label"], prepare=as_float)
-    options = {"batch_size": 4, "seed": 1, "transform": data.random_affine()}
-    straight = take(5, source, **options)
-    assert straight[0]["image"].shape == (4, 4, 4, 3)
-    assert straight[0]["image"].dtype == np.float32
-    assert straight[0].keys() == {"image", "label"}
-    assert_same(take(3, source, start=2, **options), straight[2:])
-    halves = [take(5, source, process_index=p, process_count=2, **options) for p in (0, 1)]
-    joined = [{n: np.concatenate([a[n], b[n]]) for n in a} for a, b in zip(*halves, strict=True)]
-    assert_same(joined, straight)
-    evaluated = list(data.evaluation_batches(source, batch_size=4))
-    assert sum(batch["weight"].sum() for batch in evaluated) == 10
-
-
-def test_tfds_fingerprint_knows_split_and_preparation(prepared: Path) -> None:
-    def fingerprint(split: str, **options) -> str:
-        source = data.tfds("tiny_pictures", split, prepared, **options)
-        return data.fingerprint(source, batch_size=2, seed=0, transform=None)["content"]
-
-    assert fingerprint("train") == fingerprint("train")
-    variants = {fingerprint("train"), fingerprint("train[:9]"), fingerprint("train", columns=["image"])}
-    assert len(variants | {fingerprint("train", prepare=as_float)}) == 4
-
-
-def test_a_missing_dataset_says_how_to_get_it(tmp_path: Path, prepared: Path) -> None:
-    with pytest.raises(FileNotFoundError) as raised:
-        data.tfds("mnist", "train", tmp_path)
-    assert f"dataset 'mnist' must be prepared in {tmp_path}, got no files there" in str(raised.value)
-    command = f"python -c \"import tensorflow_datasets as t; t.data_source('mnist', data_dir={str(tmp_path)!r})\""
-    assert command in str(raised.value)
-    compile(command.split('"')[1], "command", "exec")
-    with pytest.raises(FileNotFoundError, match="dataset 'mnits' must be known to TFDS .* did you mean .*mnist"):
-        data.tfds("mnits", "train", tmp_path)
-    with pytest.raises(ValueError, match=r"split='test' must be one of \['train'\] or a slice"):
-        data.tfds("tiny_pictures", "test", prepared)
-    with pytest.raises(ValueError, match=r"columns=\['image', 'mask'\] must be among .*; drop \['mask'\]"):
-        data.tfds("tiny_pictures", "train", prepared, columns=["image", "mask"])
 
 
 def test_importing_data_imports_neither_tensorflow_nor_tfds() -> None:
