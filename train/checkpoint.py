@@ -596,6 +596,10 @@ def find_step(place: epath.PathLike, step: int | None = None) -> list[Step]:
     """
     place = epath.Path(place)
     folders = [place / "checkpoints", place]
+    notes = place / "config.txt"
+    elsewhere = re.search(r"^checkpoint_dir = '(.+)'$", notes.read_text(), re.MULTILINE) if notes.exists() else None
+    if elsewhere is not None:
+        folders = [epath.Path(elsewhere[1])]
     named = [(int(place.name), place)] if place.name.isdecimal() and (place / "manifest").exists() else []
     for folder in folders:
         if not named and folder.is_dir():

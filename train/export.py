@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import ml_dtypes  # noqa: F401  (gives NumPy the name of bfloat16)
 import numpy as np
+from etils import epath
 from jax.sharding import SingleDeviceSharding
 
 from train import checkpoint
@@ -39,7 +40,7 @@ class Exported:
 
 
 def export_run(
-    run: str | Path,
+    run: epath.PathLike,
     folder: str | Path,
     *,
     step: int | None = None,
@@ -61,7 +62,7 @@ def export_run(
     Raises:
       ValueError: if the run has no intact checkpoint, or the folder is taken.
     """
-    run, folder = Path(run), Path(folder)
+    run, folder = epath.Path(run), Path(folder)
     if folder.exists() and any(folder.glob("*.safetensors")):
         raise ValueError(f"{folder} already holds weights; choose another folder")
     found, averaged, tensors = _read_run(run, step, ema)
@@ -84,7 +85,7 @@ def export_run(
     return folder
 
 
-def _read_run(run: Path, step: int | None, ema: bool) -> tuple[checkpoint.Step, bool, dict[str, np.ndarray]]:
+def _read_run(run: epath.Path, step: int | None, ema: bool) -> tuple[checkpoint.Step, bool, dict[str, np.ndarray]]:
     problems = []
     for found in checkpoint.find_step(run, step):
         averaged = ema and any(name.startswith("ema/") for name in found.leaves)
@@ -229,7 +230,7 @@ def _digest(array: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).view(np.uint8) if array.size else b"").hexdigest()
 
 
-def _notes(run: Path) -> dict[str, Any]:
+def _notes(run: epath.Path) -> dict[str, Any]:
     """Return what a run's directory says of itself; a checkpoint on its own says nothing."""
     home = next((place for place in (run, run.parent, run.parent.parent) if (place / "config.txt").exists()), run)
 

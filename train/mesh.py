@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxlayers.core import axes
@@ -23,7 +24,9 @@ AXES = ("data", "fsdp", "sequence", "tensor")
 
 BATCH_AXES = ("data", "fsdp")
 
-LOGICAL_RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
+LogicalRules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
+
+LOGICAL_RULES: LogicalRules = (
     (axes.BATCH, BATCH_AXES),
     (axes.HEADS, "tensor"),
     (axes.HIDDEN, "tensor"),
@@ -37,6 +40,17 @@ LOGICAL_RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     (axes.FEATURES, None),
 )
 
+SEQUENCE_PARALLEL_RULES: LogicalRules = (
+    # Heads and hidden features come first and take the tensor axis, so these hold between the pairs of products only.
+    *LOGICAL_RULES[:3],
+    *((name, ("sequence", "tensor")) for name in (axes.TOKENS, axes.NODES, axes.HEIGHT)),
+    *LOGICAL_RULES[3:],
+)
+"""What lies between the pairs of tensor-parallel products (norms, dropout, residuals) is split over `tensor` too, along
+tokens: the all-reduce after a pair becomes a reduce-scatter there and an all-gather before the next (Korthikanti et
+al., Reducing Activation Recomputation in Large Transformer Models, MLSys 2023, section 4.2.2).
+"""
+
 Rules = Sequence[tuple[str, tuple[str | None, ...]]]
 
 TENSOR_RULES: Rules = (
@@ -44,6 +58,8 @@ TENSOR_RULES: Rules = (
     (r"(^|/)(query|key|value|up)/kernel$", ("fsdp", "tensor")),
     (r"(^|/)(query|key|value|up)/bias$", ("tensor",)),
     (r"(^|/)(out|down)/kernel$", ("tensor", "fsdp")),
+    # A column a head, like the attention that reads it: else its gradient is gathered.
+    (r"(^|/)relative_position_bias_table$", (None, "tensor")),
 )
 
 SMALLEST_SPLIT = 1024
@@ -53,8 +69,11 @@ SMALLEST_SPLIT = 1024
 def build(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Return the mesh of that shape over all `devices` (default: every device of every process).
 
+    On a TPU the mesh follows the torus. With `shape.slices` above 1, devices of one slice stay together: `data`, and
+    `fsdp` where `data` is too short, spans the slices, so that only their collectives use the slow network.
+
     Raises:
-      ValueError: if the product of the sizes is not the number of devices.
+      ValueError: if the product of the sizes is not the number of devices, or the slices do not fit.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {name: getattr(shape, name) for name in AXES}
@@ -74,7 +93,62 @@ def build(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> Mesh
             f"mesh {given} needs {needs} devices and there are {len(devices)}; "
             f"these sizes would fit: {'; '.join(_fitting(sizes, len(devices)))}{virtual}"
         )
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    grid = _grid(tuple(sizes.values()), shape.slices, devices)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _grid(sizes: tuple[int, ...], slices: int, devices: Sequence[Any]) -> np.ndarray:
+    """Return the devices as an array of those sizes, neighbours in it being neighbours in the network.
+
+    Of several slices `data` spans as many as it can and `fsdp` the rest; the others stay within one, whose links are
+    fast.
+    """
+    granules = _granules(slices, devices)
+    over_data = math.gcd(sizes[0], slices)
+    over_fsdp = slices // over_data
+    if sizes[1] % over_fsdp:
+        given = ", ".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True))
+        raise ValueError(
+            f"mesh.slices={slices} must divide data, or data and fsdp together, of mesh {given}; set mesh.data to a "
+            f"multiple of {slices}, or mesh.slices to the number of slices"
+        )
+    inner = (sizes[0] // over_data, sizes[1] // over_fsdp, *sizes[2:])
+    # A torus axis may have to be cut, else some sizes that multiply to the number of devices would be refused.
+    blocks = [mesh_utils.create_device_mesh(inner, block, allow_split_physical_axes=True) for block in granules]
+    rank = len(sizes)
+    whole = np.stack(blocks).reshape(over_data, over_fsdp, *(1,) * (rank - 2), *inner)
+    order = [axis for pair in zip(range(rank), range(rank, 2 * rank), strict=True) for axis in pair]
+    return whole.transpose(order).reshape(sizes)
+
+
+def _granules(slices: int, devices: Sequence[Any]) -> list[list[Any]]:
+    """Return the devices of each slice: what the hardware calls one, else processes, else runs of equal length."""
+    if slices < 1:
+        raise ValueError(f"mesh.slices={slices} must be positive; set mesh.slices to the number of slices")
+    found: dict[int, list[Any]] = {}
+    for device in devices:
+        found.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
+    if slices == 1:
+        if len(found) > 1 and devices[0].platform == "tpu":
+            raise ValueError(f"mesh.slices=1 must be the {len(found)} slices that the devices form; set mesh.slices")
+        return [list(devices)]
+    if len(found) > 1 and len(found) != slices:
+        raise ValueError(
+            f"mesh.slices={slices} must be the {len(found)} slices that the devices form; set mesh.slices={len(found)}"
+        )
+    if len(found) == slices:
+        granules = [found[index] for index in sorted(found)]
+    else:
+        processes = len({device.process_index for device in devices})
+        for count, what in ((len(devices), "devices"), (processes, "processes")):
+            if count > 1 and count % slices:
+                raise ValueError(f"mesh.slices={slices} must divide the {count} {what}; set mesh.slices")
+        ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+        length = len(devices) // slices
+        granules = [ordered[start : start + length] for start in range(0, len(devices), length)]
+    if len({len(block) for block in granules}) > 1:
+        raise ValueError(f"the slices have {[len(block) for block in granules]} devices, which must be equally many")
+    return granules
 
 
 def _fitting(sizes: Mapping[str, int], count: int, show: int = 3) -> list[str]:
@@ -97,13 +171,15 @@ def _fitting(sizes: Mapping[str, int], count: int, show: int = 3) -> list[str]:
 
 
 @contextlib.contextmanager
-def use(mesh: Mesh) -> Iterator[None]:
+def use(mesh: Mesh, *, sequence_parallel: bool = False) -> Iterator[None]:
     """Put `mesh` and the logical rules in scope, which every trace of a sharded function needs.
 
     It is `jax.set_mesh`: under the older `with mesh:` logical constraints silently do nothing. Random numbers are
-    partitionable, so dropout masks are the same on any mesh.
+    partitionable, so dropout masks are the same on any mesh. Whether activations are `sequence_parallel` changes no
+    value and no place of a parameter, so it may differ between training and evaluation.
     """
-    with jax.set_mesh(mesh), jax.threefry_partitionable(True), nn.logical_axis_rules(LOGICAL_RULES):
+    rules = SEQUENCE_PARALLEL_RULES if sequence_parallel else LOGICAL_RULES
+    with jax.set_mesh(mesh), jax.threefry_partitionable(True), nn.logical_axis_rules(rules):
         yield
 
 
@@ -111,22 +187,25 @@ def parameter_spec(path: str, shape: Sequence[int], mesh: Mesh, rules: Rules = (
     """Return how the parameter at `path` ("block_0/query/kernel") is split.
 
     The first of `rules`, then of `TENSOR_RULES`, that matches gives the mesh axes of the trailing axes; an axis that
-    does not divide stays whole. A parameter that no rule names is split over `fsdp` along its largest axis that
-    divides.
+    does not divide stays whole. Where none of `rules` matches, a parameter that is not split over `fsdp` by then is so
+    along its largest axis that is left and divides.
     """
     entries: list[str | None] = [None] * len(shape)
-    for pattern, names in (*rules, *TENSOR_RULES):
+    for index, (pattern, names) in enumerate((*rules, *TENSOR_RULES)):
         if len(names) <= len(shape) and re.search(pattern, path):
             for axis, name in enumerate(names, len(shape) - len(names)):
                 if name is not None and name not in mesh.shape:
                     raise ValueError(f"mesh rule {pattern!r} names axis {name!r}; a mesh axis is one of {AXES}")
                 entries[axis] = name if name is not None and shape[axis] % mesh.shape[name] == 0 else None
+            own = index < len(rules)
             break
     else:
-        if math.prod(shape) >= SMALLEST_SPLIT:
-            divisible = [axis for axis, size in enumerate(shape) if size % mesh.shape["fsdp"] == 0]
-            if divisible:
-                entries[max(divisible, key=lambda axis: shape[axis])] = "fsdp"
+        own = False
+    if not own and "fsdp" not in entries and math.prod(shape) >= SMALLEST_SPLIT:
+        left = [axis for axis, name in enumerate(entries) if name is None or mesh.shape[name] == 1]
+        divisible = [axis for axis in left if shape[axis] % mesh.shape["fsdp"] == 0]
+        if divisible and mesh.shape["fsdp"] > 1:
+            entries[max(divisible, key=lambda axis: shape[axis])] = "fsdp"
     while entries and entries[-1] is None:
         entries.pop()
     return PartitionSpec(*entries)
@@ -140,6 +219,19 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules = ()) -> Any:
         return NamedSharding(mesh, parameter_spec(name, leaf.shape, mesh, rules))
 
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def bytes_per_device(abstract: Any) -> int:
+    """Return the bytes that one device holds of a tree of arrays, or of their shapes, that carry shardings.
+
+    Applied to the subtrees of a state it tells what parameters, moments and averages take.
+    """
+
+    def held(leaf: Any) -> int:
+        shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+        return math.prod(shape) * leaf.dtype.itemsize
+
+    return sum(held(leaf) for leaf in jax.tree.leaves(abstract))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

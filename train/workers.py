@@ -447,7 +447,8 @@ def _work() -> None:
     """Runs in the worker process: answers each batch that is asked for until there is nobody to ask."""
     asked = sys.stdin.buffer
     private = os.dup(1)
-    os.dup2(2, 1)  # what a transform prints must not come between the batches
+    os.dup2(2, 1)  # what a transform prints must not come between the batches,
+    sys.stdout = sys.stderr  # nor wait in a buffer
 
     def hear() -> bytes:
         size = asked.read(8)

@@ -372,7 +372,10 @@ def test_a_script_without_a_guard_leaves_nothing_behind(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     once, pids, batch = done.stdout.splitlines()
     assert once == "once"
-    assert set(done.stderr.splitlines()) == {"a transform may print", "and to stdout"}
+    for words in ("a transform may print", "and to stdout"):
+        assert words in done.stderr
+    # Two workers may print at the same time; beyond that nothing is said.
+    assert not done.stderr.replace("a transform may print", "").replace("and to stdout", "").strip()
     source = data.arrays(x=np.arange(8.0))
     shifted = lambda record, generator: {"x": record["x"] + (generator.random(), generator.random())[1]}  # noqa: E731
     assert json.loads(batch) == take(1, source, batch_size=8, seed=0, transform=shifted)[0]["x"].tolist()

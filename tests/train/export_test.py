@@ -140,3 +140,12 @@ def test_a_damaged_newest_step_is_not_exported(run, tmp_path):
     with pytest.raises(ValueError, match="already holds weights"):
         export.export_run(tmp_path, folder)
     assert main([str(workdir / "none"), str(tmp_path / "x")]) == 2
+
+
+def test_a_run_with_its_checkpoints_elsewhere_is_found(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.txt").write_text(f"steps = 1\ncheckpoint_dir = '{tmp_path}/far'\nseed = 0\n")
+    with Checkpointer(tmp_path / "far") as checkpointer:
+        checkpointer.save(1, {"params": {"kernel": jnp.ones((2, 3))}}, data={})
+    weights = load_exported(export.export_run(tmp_path / "run", tmp_path / "out"))
+    np.testing.assert_array_equal(weights.params["kernel"], np.ones((2, 3)))
