@@ -50,7 +50,7 @@ def config(smoke: bool = False) -> Config:
         # No claim of the model's: the curves show how far a plain image classifier is from these symmetries.
         symmetries=(
             Symmetry(Rotation(2), inputs=("image",), reason="learned from data only, for small angles"),
-            Symmetry(Translation(2, cyclic=True, extent=4), inputs=("image",), reason="learned from data only"),
+            Symmetry(Translation(2, cyclic=True, extent=4.0), inputs=("image",), reason="learned from data only"),
         ),
         baselines=baselines,
     )

@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"optim.learning_rate={found.suggestion:.2g} ({find_rate.write(found, workdir)})")
                 return 0
             result = loop.train(config, workdir, stop=interrupt, profile=options.profile, wandb=options.wandb)
-        except ValueError as error:
+        except (ValueError, FileNotFoundError) as error:  # a dataset that is missing says how to prepare it
             return refuse(str(error))
         except (FloatingPointError, SaveError) as error:
             print(f"error: {error}", file=sys.stderr)

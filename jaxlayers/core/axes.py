@@ -29,9 +29,11 @@ _A = TypeVar("_A", bound=jax.Array)
 def constrain(x: _A, *names: str | None) -> _A:
     """Tell the partitioner which logical axes `x` has, counted from the right.
 
-    Fewer names than axes leave the leading axes open. Without a mesh (`jax.set_mesh`) and logical rules
-    (`flax.linen.logical_axis_rules`) in scope it returns `x` itself. An axis that does not divide over its mesh axes
-    stays whole: the maps of a pyramid halve until they no longer do. Flax replicates silently on a misspelt name or a
+    Fewer names than axes leave the leading axes open: the partitioner decides. Without a mesh (`jax.set_mesh`) and
+    logical rules (`flax.linen.logical_axis_rules`) in scope it returns `x` itself. Rules are tried in their order, and
+    a mesh axis splits one array axis only: where `HEADS` or `HIDDEN` has taken it, a later rule for `TOKENS` that
+    names it too is passed over. Of several mesh axes that do not divide an axis, the last ones are left out, down to
+    none: the maps of a pyramid halve until they no longer divide. Flax replicates silently on a misspelt name or a
     list of the wrong rank; this function refuses both.
 
     Args:
@@ -52,13 +54,16 @@ def constrain(x: _A, *names: str | None) -> _A:
     mesh = jax.sharding.get_abstract_mesh()
     if not nn.get_logical_axis_rules() or mesh.empty:
         return x
-    leading = (None,) * (x.ndim - len(names))
-    spec = nn.logical_to_mesh_axes((*leading, *names)) or ()
-    entries = (_dividing(entry, size, mesh) for entry, size in zip(spec, x.shape, strict=True))
-    return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(*entries))
+    open_axes = x.ndim - len(names)
+    spec = nn.logical_to_mesh_axes(names) or ()
+    entries = (_dividing(entry, size, mesh) for entry, size in zip(spec, x.shape[open_axes:], strict=True))
+    leading = (jax.sharding.PartitionSpec.UNCONSTRAINED,) * open_axes
+    return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(*leading, *entries))
 
 
 def _dividing(entry: str | tuple[str, ...] | None, size: int, mesh: jax.sharding.AbstractMesh) -> Any:
-    """Return the mesh axes of one array axis, or `None` where they do not divide its size."""
+    """Return the first of the mesh axes of one array axis, as many as divide its size; `None` if none does."""
     mesh_axes = (entry,) if isinstance(entry, str) else entry or ()
-    return entry if size % math.prod(mesh.shape[axis] for axis in mesh_axes) == 0 else None
+    while mesh_axes and size % math.prod(mesh.shape[axis] for axis in mesh_axes):
+        mesh_axes = mesh_axes[:-1]
+    return mesh_axes if len(mesh_axes) > 1 else next(iter(mesh_axes), None)

@@ -17,7 +17,7 @@ import numpy as np
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxlayers.core import axes
+from jaxlayers.core import axes, remat
 from jaxlayers.core.dtypes import at_least_float32
 from jaxlayers.core.types import ActivationFn, Dtype, Initializer, Params
 from jaxlayers.nn.multi_head import attention_weights, merge_heads, split_heads
@@ -379,11 +379,14 @@ class Hopfield(nn.Module):
             key_mask = _fit_mask(key_mask, (*key_mask.shape[:-1], inputs_k.shape[-2]))
             mask = key_mask[..., None, None, :] if mask is None else mask & key_mask[..., None, None, :]
 
-        weights, steps = _iterate(query, key, self._betas(head_dim), mask, self.update_steps, self.tolerance)
-        self.sow("intermediates", "association", weights)
-        self.sow("intermediates", "steps", steps)
-        weights = nn.Dropout(self.dropout_rate)(weights, deterministic=deterministic)
-        result = merge_heads(jnp.einsum("...sp,...pd->...sd", weights.astype(value.dtype), value))
+        def retrieve_values(module: nn.Module, query: Array, key: Array, value: Array, betas: Array) -> Array:
+            weights, steps = _iterate(query, key, betas, mask, self.update_steps, self.tolerance)
+            module.sow("intermediates", "association", weights)
+            module.sow("intermediates", "steps", steps)
+            weights = nn.Dropout(self.dropout_rate)(weights, deterministic=deterministic)
+            return jnp.einsum("...sp,...pd->...sd", weights.astype(value.dtype), value)
+
+        result = merge_heads(remat.attention(retrieve_values, self, query, key, value, self._betas(head_dim)))
         if "out" in self.projections:
             result = _dense(self, "out", out_features)(result)
         return axes.constrain(result, axes.BATCH, None, None) if result.ndim > 2 else result
@@ -396,7 +399,8 @@ class Hopfield(nn.Module):
             x = norm(dtype=self.dtype, param_dtype=self.param_dtype, name=norm_name)(x)
         if name not in self.projections:
             return jnp.broadcast_to(x[..., None, :, :], (*x.shape[:-2], self.num_heads, *x.shape[-2:]))
-        return split_heads(_dense(self, name, self.num_heads * width)(x), self.num_heads)
+        heads = split_heads(_dense(self, name, self.num_heads * width)(x), self.num_heads)
+        return axes.constrain(heads, axes.HEADS, None, None)
 
     def _widths(self, state: int, stored: int, value: int) -> tuple[int, int, int]:
         """Return the widths of the association space, of a value and of the output."""

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxlayers.core import axes
 from jaxlayers.core.initializers import truncated_normal, zeros
 from jaxlayers.core.types import ActivationFn, Dtype, Initializer
 
@@ -92,7 +93,7 @@ class FeedForward(nn.Module):
             kernel_init=self.kernel_init,
             bias_init=self.bias_init,
         )
-        x = self.activation_fn(dense(self.hidden_features, name="up")(x))
+        x = axes.constrain(self.activation_fn(dense(self.hidden_features, name="up")(x)), axes.HIDDEN)
         x = nn.Dropout(self.dropout_rate)(x, deterministic=deterministic)
         x = dense(out_features, name="down")(x)
         return nn.Dropout(self.dropout_rate)(x, deterministic=deterministic)

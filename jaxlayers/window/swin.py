@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from jaxlayers.core import axes
+from jaxlayers.core import axes, remat
 from jaxlayers.core.dtypes import at_least_float32
 from jaxlayers.core.initializers import truncated_normal, zeros
 from jaxlayers.core.pyramid import Level
@@ -141,20 +141,27 @@ class WindowAttention(nn.Module):
             bias_init=self.bias_init,
         )
         query, key, value = (
-            split_heads(dense(use_bias=self.use_bias, name=name)(x), self.num_heads)
+            _constrain_heads(split_heads(dense(use_bias=self.use_bias, name=name)(x), self.num_heads))
             for name in ("query", "key", "value")
         )
         rows = math.prod(2 * length - 1 for length in self.window_size)
         table = self.param(_TABLE, truncated_normal(), (rows, self.num_heads), self.param_dtype)
         bias = relative_position_bias(table, window, self.window_size).astype(at_least_float32(query.dtype))
-        if mask is not None:
-            # One tensor to add instead of a bias and a selection; half the lowest number cannot overflow in the sum.
-            bias = jnp.where(mask[:, None], bias, 0.5 * jnp.finfo(bias.dtype).min)
-        logits = jnp.matmul(query * (features // self.num_heads) ** -0.5, jnp.swapaxes(key, -1, -2))
-        weights = attention_weights(logits, bias=bias)
-        self.sow("intermediates", "attention_weights", weights)
-        weights = nn.Dropout(self.attention_dropout_rate)(weights, deterministic=deterministic)
-        return dense(name="out")(merge_heads(jnp.matmul(weights, value)))
+        bias = axes.constrain(bias, axes.HEADS, None, None)
+        # Apart from the bias, whose gradient is then one sum over images and windows; half the lowest number cannot
+        # overflow in the sum.
+        blocked = None if mask is None else jnp.where(mask[:, None], 0.0, 0.5 * jnp.finfo(query.dtype).min)
+
+        def attend(module: nn.Module, query: Array, key: Array, value: Array, bias: Array) -> Array:
+            logits = jnp.matmul(query * (features // self.num_heads) ** -0.5, jnp.swapaxes(key, -1, -2))
+            logits = logits if blocked is None else logits + blocked.astype(logits.dtype)
+            weights = attention_weights(logits, bias=bias)
+            module.sow("intermediates", "attention_weights", weights)
+            weights = nn.Dropout(self.attention_dropout_rate)(weights, deterministic=deterministic)
+            return jnp.matmul(weights, value)
+
+        context = merge_heads(_constrain_heads(remat.attention(attend, self, query, key, value, bias)))
+        return dense(name="out")(context)
 
 
 class SwinBlock(nn.Module):
@@ -280,7 +287,7 @@ class SwinBlock(nn.Module):
         )
         y = crop(unshift(merge_windows(y, window, padded), amount), size)
         y = nn.Dropout(self.dropout_rate)(y, deterministic=deterministic)
-        x = x + drop_path(y, drop_path_rate, deterministic=deterministic)
+        x = _constrain(x + drop_path(y, drop_path_rate, deterministic=deterministic), len(full_window))
 
         y = FeedForward(int(features * self.mlp_ratio), dropout_rate=self.dropout_rate, name="feed_forward", **common)(
             norm(name="norm2")(x), deterministic=deterministic
@@ -381,7 +388,8 @@ class Swin(nn.Module):
       drop_path_rate: probability of dropping a residual branch of the last block; grows linearly from 0 at the first.
       mask_padding: keep tokens from attending to padding, on maps that are not multiples of the window. False is what
         the references do, so take it with their weights.
-      remat: recompute each block in the backward pass instead of keeping its activations.
+      remat: what the backward pass computes anew in each block, a name of `core.remat.POLICIES`: "attention" its
+        scores and softmax, "full" (or True) the whole block, "none" (or False) nothing.
       scan: run the blocks of a stage as a loop over pairs, which compiles once a stage. The parameters are then stacked
         (see `stack` and `unstack`); outputs are the same, random draws while training differ.
       norm: makes a norm, called as `norm(dtype=..., param_dtype=..., name=...)`.
@@ -426,7 +434,7 @@ class Swin(nn.Module):
     dropout_rate: float = 0.0
     drop_path_rate: float = 0.1
     mask_padding: bool = False
-    remat: bool = False
+    remat: str | bool = False
     scan: bool = False
     norm: Callable[..., Any] = layer_norm
     dtype: Dtype | None = None
@@ -498,18 +506,27 @@ class Swin(nn.Module):
         return x if self.head is None else self.head(x)
 
     def features(
-        self, x: Float[Array, "*batch height width channels"], *, deterministic: bool = True
+        self,
+        x: Float[Array, "*batch height width channels"],
+        *,
+        replace_tokens: Callable[[Array], Array] | None = None,
+        deterministic: bool = True,
     ) -> tuple[Level, ...]:
         """Return the map after each stage (before the next one's merging), finest first, without norms.
 
         Args:
           x: images of any size, channels last.
+          replace_tokens: what is done to the embedded patches before the first stage, such as hiding some of them;
+            `None` = nothing.
           deterministic: no dropout, no dropped branches.
 
         Returns:
           One level a stage, of stride `patch_size * 2**stage`.
         """
-        x = _constrain(self.dropout(self.patch_embed(x), deterministic=deterministic), 2)
+        x = self.patch_embed(x)
+        if replace_tokens is not None:
+            x = replace_tokens(x)
+        x = _constrain(self.dropout(x, deterministic=deterministic), 2)
         levels = []
         for index, stage in enumerate(self.stages):
             x = stage(x, deterministic=deterministic)
@@ -524,14 +541,14 @@ class _Stage(nn.Module):
       merge: makes the merging; `None` for the first stage.
       blocks: makes an unshifted and a shifted block.
       rates: drop-path rate of each block.
-      remat: recompute blocks in the backward pass.
+      remat: what of each block is recomputed in the backward pass.
       scan: run pairs of blocks as a loop over stacked parameters.
     """
 
     merge: Callable[..., nn.Module] | None
     blocks: tuple[Callable[..., nn.Module], Callable[..., nn.Module]]
     rates: tuple[float, ...]
-    remat: bool
+    remat: str | bool
     scan: bool
 
     @nn.compact
@@ -553,7 +570,7 @@ class _Stage(nn.Module):
             x, _ = body(self.blocks, remat=self.remat, deterministic=deterministic, name="pairs")(x, rates)
         for index in range(2 * pairs, len(self.rates)):
             block = self.blocks[index % 2](drop_path_rate=self.rates[index], name=f"blocks_{index}")
-            x = _call_block(block, x, None, deterministic, remat=self.remat)
+            x = _call_block(block, x, None, deterministic, policy=self.remat)
         return x
 
 
@@ -561,29 +578,33 @@ class _Pair(nn.Module):
     """An unshifted and a shifted block, the body of a scan."""
 
     blocks: tuple[Callable[..., nn.Module], Callable[..., nn.Module]]
-    remat: bool
+    remat: str | bool
     deterministic: bool
 
     @nn.compact
     def __call__(self, x: Array, rates: Array | None) -> tuple[Array, None]:
         for index, name in enumerate(("regular", "shifted")):
             rate = None if rates is None else rates[index]
-            x = _call_block(self.blocks[index](name=name), x, rate, self.deterministic, remat=self.remat, in_loop=True)
+            x = _call_block(self.blocks[index](name=name), x, rate, self.deterministic, policy=self.remat, in_loop=True)
         return x, None
 
 
 def _call_block(
-    block: nn.Module, x: Array, rate: Array | None, deterministic: bool, *, remat: bool, in_loop: bool = False
+    block: nn.Module, x: Array, rate: Array | None, deterministic: bool, *, policy: str | bool, in_loop: bool = False
 ) -> Array:
     def call(block: nn.Module, x: Array, rate: Array | None) -> Array:
         return block(x, drop_path_rate=rate, deterministic=deterministic)
 
-    # A loop already keeps the compiler from merging the recomputation with the first computation.
-    return nn.remat(call, prevent_cse=not in_loop)(block, x, rate) if remat else call(block, x, rate)
+    return remat.remat_block(call, policy, in_loop=in_loop)(block, x, rate)
 
 
 def _constrain(x: Array, rank: int) -> Array:
     names = (axes.BATCH, *_SPACE[rank], axes.FEATURES)
+    return axes.constrain(x, *names[-min(x.ndim, len(names)) :])
+
+
+def _constrain_heads(x: Array) -> Array:
+    names = (axes.BATCH, axes.WINDOWS, axes.HEADS, None, None)
     return axes.constrain(x, *names[-min(x.ndim, len(names)) :])
 
 

@@ -259,6 +259,16 @@ def test_bad_settings_end_with_code_2_and_what_would_do(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_missing_data_ends_with_code_2_and_how_to_prepare_it(tmp_path, capsys):
+    config = tmp_path / "needs_data.py"
+    config.write_text(
+        "from train.data import tfds\n"
+        f"def config(smoke=False):\n    return tfds('mnist', 'train', data_dir={str(tmp_path)!r})\n"
+    )
+    assert main([str(config)]) == 2
+    assert "prepare it with: python -c" in capsys.readouterr().err
+
+
 def test_print_lists_every_field(capsys):
     assert main([str(TINY), "--smoke", "--print", "--set", "model.depths=(3,)"]) == 0
     lines = capsys.readouterr().out.splitlines()

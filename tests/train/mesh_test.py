@@ -1,11 +1,17 @@
 """The mesh, and where parameters, optimiser state, activations and batches lie on it, read from `.sharding.spec`."""
 
+import dataclasses
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from jax.experimental import mesh_utils
 from jax.sharding import PartitionSpec as P
 
+import jaxlayers
 from jaxlayers.core import axes
 from tests.train.config_test import TINY
 from train import mesh as meshes
@@ -127,8 +133,27 @@ def test_logical_axes_reach_the_partitioner_only_inside_use():
         assert jax.jit(layer)(x).sharding.is_fully_replicated
 
 
-def test_every_logical_axis_has_a_rule():
-    assert {name for name, _ in meshes.LOGICAL_RULES} == axes.NAMES
+@pytest.mark.parametrize("rules", [meshes.LOGICAL_RULES, meshes.SEQUENCE_PARALLEL_RULES])
+def test_every_logical_axis_has_a_rule(rules):
+    assert {name for name, _ in rules} == axes.NAMES
+
+
+def test_sequence_parallel_splits_tokens_over_tensor_where_heads_and_hidden_features_do_not_need_it():
+    mesh = meshes.build(MeshShape(data=2, sequence=2, tensor=2))
+    between, inside = (axes.BATCH, axes.TOKENS, axes.FEATURES), (axes.BATCH, axes.TOKENS, axes.HIDDEN)
+    rows = (axes.BATCH, axes.HEIGHT, axes.WIDTH, axes.FEATURES)
+
+    def spec(shape, names, sequence_parallel):
+        with meshes.use(mesh, sequence_parallel=sequence_parallel):
+            return jax.jit(lambda x: axes.constrain(x * 2, *names))(jnp.ones(shape)).sharding.spec
+
+    assert spec((2, 8, 4), between, True) == P("data", ("sequence", "tensor"))
+    assert spec((2, 8, 4), inside, True) == P("data", "sequence", "tensor")
+    assert spec((2, 8, 3, 4), rows, True) == P("data", ("sequence", "tensor"))
+    # What does not divide by both is split over the first alone.
+    assert spec((2, 6, 4), between, True) == P("data", "sequence")
+    assert spec((2, 8, 4), between, False) == P("data", "sequence")
+    assert spec((2, 8, 4), inside, False) == P("data", "sequence", "tensor")
 
 
 def test_batches_lie_over_data_and_fsdp(mesh):
@@ -154,3 +179,154 @@ def test_batch_that_does_not_divide_is_refused(mesh):
 def test_gather_gives_whole_arrays(mesh):
     placed = jax.device_put(np.arange(16.0).reshape(4, 4), jax.NamedSharding(mesh, P("fsdp", "tensor")))
     np.testing.assert_array_equal(meshes.gather({"x": placed}, mesh)["x"], np.arange(16.0).reshape(4, 4))
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeDevice:
+    """What `jax.experimental.mesh_utils` reads of a device."""
+
+    id: int
+    process_index: int
+    slice_index: int = 0
+    coords: tuple[int, int, int] = (0, 0, 0)
+    core_on_chip: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v4"
+
+
+def tpu_slices(count, side=2):
+    """Return `count` slices of a `side` x `side` x 1 torus, four chips a process, in an order as processes report."""
+    places = [(x, y, 0) for y in range(side) for x in range(side)]
+    return [
+        FakeDevice(id=100 * part + index, process_index=part, slice_index=part, coords=place)
+        for part in reversed(range(count))
+        for index, place in enumerate(places)
+    ]
+
+
+def grid(shape, devices):
+    sizes = tuple(getattr(shape, name) for name in meshes.AXES)
+    return meshes._grid(sizes, shape.slices, devices)
+
+
+@pytest.mark.parametrize(
+    ("shape", "inner", "outer"),
+    [
+        (MeshShape(data=2, tensor=4, slices=2), (1, 1, 1, 4), (2, 1, 1, 1)),
+        (MeshShape(data=4, tensor=2, slices=2), (2, 1, 1, 2), (2, 1, 1, 1)),
+        (MeshShape(data=1, fsdp=8, slices=2), (1, 4, 1, 1), (1, 2, 1, 1)),
+        (MeshShape(data=2, fsdp=4, tensor=2, slices=4), (1, 2, 1, 2), (2, 2, 1, 1)),
+    ],
+    ids=["data-tensor", "data-data", "fsdp", "data-fsdp"],
+)
+def test_slices_lie_as_a_hybrid_mesh_of_jax(shape, inner, outer):
+    devices = tpu_slices(shape.slices)
+    expected = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+    assert np.array_equal(grid(shape, devices), expected)
+
+
+def test_the_axes_that_talk_most_stay_within_a_slice():
+    found = grid(MeshShape(data=2, fsdp=2, tensor=2, slices=2), tpu_slices(2))
+    parts = np.vectorize(lambda device: device.slice_index)(found)
+    assert (parts == parts[:, :1, :1, :1]).all()
+    assert sorted(parts[:, 0, 0, 0]) == [0, 1]
+    # Negative control: in the order of the devices' ids alone, nothing keeps a longer tensor axis from spanning both.
+    assert len(set(parts[:, :, 0, 0].reshape(-1))) == 2
+
+
+def test_nodes_of_gpus_and_virtual_devices_are_slices_too():
+    gpus = [FakeDevice(i, process_index=i // 2, slice_index=0, platform="gpu", device_kind="H200") for i in range(8)]
+    # Four processes on two nodes.
+    parts = np.vectorize(lambda device: device.process_index // 2)(grid(MeshShape(2, 2, 1, 2, slices=2), gpus))
+    assert (parts == np.arange(2)[:, None, None, None]).all()
+    mesh = meshes.build(MeshShape(data=1, fsdp=4, tensor=2, slices=2))
+    np.testing.assert_array_equal([d.id for d in mesh.devices.flat], np.arange(8))
+
+
+@pytest.mark.parametrize(
+    ("shape", "devices", "message"),
+    [
+        (MeshShape(data=1, fsdp=2, tensor=4, slices=4), None, "mesh.slices=4 must divide data, or data and fsdp"),
+        (MeshShape(data=8, slices=3), None, "mesh.slices=3 must divide the 8 devices; set mesh.slices"),
+        (MeshShape(data=8, slices=0), None, "mesh.slices=0 must be positive"),
+        (MeshShape(data=8), tpu_slices(2), "mesh.slices=1 must be the 2 slices that the devices form"),
+        (MeshShape(data=8, slices=4), tpu_slices(2), "mesh.slices=4 must be the 2 slices .* set mesh.slices=2"),
+        (MeshShape(data=6, slices=2), tpu_slices(2)[:6], r"the slices have \[2, 4\] devices"),
+        (
+            MeshShape(data=6, slices=2),
+            [FakeDevice(i, i // 2, platform="gpu", device_kind="H200") for i in range(6)],
+            "mesh.slices=2 must divide the 3 processes",
+        ),
+    ],
+)
+def test_slices_that_do_not_fit_are_refused(shape, devices, message):
+    with pytest.raises(ValueError, match=message):
+        meshes.build(shape, devices)
+
+
+# Every model of the library -------------------------------------------------------------------------------------------
+
+SPLITS = {"fsdp": MeshShape(-1, 2), "tensor": MeshShape(-1, 1, 1, 2), "both": MeshShape(-1, 2, 1, 2)}
+
+
+def split_axes(sharding):
+    """Return the mesh axes, of more than one device, that each array axis is split over."""
+    return [name if name is not None and sharding.mesh.shape[name] > 1 else None for name in sharding.spec]
+
+
+@pytest.fixture(scope="module", params=jaxlayers.list_models())
+def model_state(request):
+    """Parameters, moments and averages of a named model, as shapes."""
+    model = jaxlayers.create_model(request.param)
+    variables = jax.eval_shape(model.init, {"params": jax.random.key(0)}, *jaxlayers.abstract_inputs(request.param))
+    params = variables.get("params", {})
+    return {"params": params, "opt_state": jax.eval_shape(optax.adam(1e-3).init, params), "ema": params}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_model_is_split_and_its_optimiser_and_average_with_it(model_state, split):
+    mesh = meshes.build(SPLITS[split])
+    places = meshes.shardings(model_state, mesh)
+    flat = jax.tree_util.tree_flatten_with_path(places["params"])[0]
+    shapes = jax.tree.leaves(model_state["params"])
+    for (keys, sharding), leaf in zip(flat, shapes, strict=True):
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        used = [*split_axes(sharding), *[None] * (len(leaf.shape) - len(sharding.spec))]
+        if leaf.size >= meshes.SMALLEST_SPLIT and mesh.shape["fsdp"] > 1:
+            left = [size for size, name in zip(leaf.shape, used, strict=True) if name in (None, "fsdp")]
+            divides = any(size % 2 == 0 for size in left)
+            assert "fsdp" in used or not divides, path
+        *_, owner, last = ("", *path.split("/"))
+        if mesh.shape["tensor"] > 1 and owner in ("query", "key", "value", "up") and leaf.shape[-1] % 2 == 0:
+            assert used[-1] == "tensor", path
+        if mesh.shape["tensor"] > 1 and owner in ("out", "down") and last == "kernel" and leaf.shape[-2] % 2 == 0:
+            assert used[-2] == "tensor", path
+    for copy in (places["opt_state"][0].mu, places["opt_state"][0].nu, places["ema"]):
+        assert copy == places["params"]
+    abstract = step.abstract(model_state, places)
+    held = meshes.bytes_per_device(abstract["params"])
+    whole = sum(4 * leaf.size for leaf in shapes)
+    assert meshes.bytes_per_device(abstract) == pytest.approx(4 * held, abs=4)  # and the counter of Adam
+    if split == "fsdp":
+        kept = [n for n in shapes if n.size < meshes.SMALLEST_SPLIT or not any(size % 2 == 0 for size in n.shape)]
+        small = sum(4 * leaf.size for leaf in kept)
+        named = held - (whole - small) / 2 - small  # small kernels that a rule names are halved too
+        assert -small / 2 <= named <= 0
+
+
+def test_a_parameter_that_no_rule_fits_is_still_split_unless_the_user_says_otherwise(mesh):
+    table = (169, 24)
+    assert meshes.parameter_spec("attention/relative_position_bias_table", table, mesh) == P(None, "tensor")
+    alone = meshes.build(MeshShape(-1, 2))
+    assert meshes.parameter_spec("attention/relative_position_bias_table", table, alone) == P(None, "fsdp")
+    assert meshes.parameter_spec("query/kernel", (63, 64), mesh) == P(None, "tensor")
+    assert meshes.parameter_spec("query/kernel", (63, 64), alone) == P(None, "fsdp")
+    whole = ((r"table$", (None, None)),)
+    assert meshes.parameter_spec("attention/relative_position_bias_table", table, alone, whole) == P()
+
+
+def test_bytes_per_device_are_those_of_the_shards(mesh):
+    x = jax.device_put(np.zeros((8, 6), np.float32), jax.NamedSharding(mesh, P("fsdp", "tensor")))
+    y = jax.device_put(np.zeros(6, np.int8), jax.NamedSharding(mesh, P()))
+    assert meshes.bytes_per_device({"x": x, "y": y}) == 4 * 3 * 4 + 6
+    assert math.prod(x.addressable_shards[0].data.shape) == 4 * 3
