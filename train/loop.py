@@ -387,7 +387,11 @@ def take_steps(
     began = time.perf_counter()
     example = {**plan.example, **wish(0)}
     train_step = steps.compile_step(
-        plan.train_step, plan.abstract, steps.abstract(example, meshes.batch_sharding(mesh)), mesh
+        plan.train_step,
+        plan.abstract,
+        steps.abstract(example, meshes.batch_sharding(mesh)),
+        mesh,
+        sequence_parallel=config.mesh.sequence_parallel,
     )
     memory = train_step.memory_analysis()
     if memory is not None:

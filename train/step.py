@@ -137,8 +137,11 @@ def abstract(tree: Any, shardings: Any) -> Any:
     )
 
 
-def compile_step(step: Step, state: Any, batch: Any, mesh: Mesh) -> Any:
-    """Return `step` compiled for abstract `state` and `batch` (which carry shardings); the state is donated."""
+def compile_step(step: Step, state: Any, batch: Any, mesh: Mesh, *, sequence_parallel: bool = False) -> Any:
+    """Return `step` compiled for abstract `state` and `batch` (which carry shardings); the state is donated.
+
+    With `sequence_parallel` what lies between the tensor-parallel products is split along tokens too.
+    """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     jitted = jax.jit(
         step,
@@ -146,5 +149,5 @@ def compile_step(step: Step, state: Any, batch: Any, mesh: Mesh) -> Any:
         out_shardings=(shardings, meshes.replicated(mesh)),
         donate_argnums=0,
     )
-    with meshes.use(mesh):
+    with meshes.use(mesh, sequence_parallel=sequence_parallel):
         return jitted.lower(state, batch).compile()

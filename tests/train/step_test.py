@@ -33,13 +33,17 @@ def plan_for(shape=REST, devices=8):
     return prepare(config, jax.devices()[:devices])
 
 
+def compiled(plan):
+    example = abstract(plan.example, meshes.batch_sharding(plan.mesh))
+    parallel = plan.config.mesh.sequence_parallel
+    return compile_step(plan.train_step, plan.abstract, example, plan.mesh, sequence_parallel=parallel)
+
+
 def curve(plan, state, batches=None):
     """Return the losses of the first steps from `state` on, and the last state, gathered."""
     places = jax.tree.map(lambda leaf: leaf.sharding, plan.abstract)
     state = jax.device_put(state, places)
-    step = compile_step(
-        plan.train_step, plan.abstract, abstract(plan.example, meshes.batch_sharding(plan.mesh)), plan.mesh
-    )
+    step = compiled(plan)
     losses = []
     batches = batches or plan.train_batches(0)
     for _ in range(STEPS):
@@ -69,8 +73,10 @@ def alone(start):
         MeshShape(data=4, tensor=2),
         MeshShape(data=2, fsdp=2, tensor=2),
         MeshShape(data=2, sequence=2, tensor=2),
+        MeshShape(data=4, tensor=2, sequence_parallel=True),
+        MeshShape(data=4, fsdp=2, slices=4),
     ],
-    ids=["data", "fsdp", "tensor", "data-fsdp-tensor", "data-sequence-tensor"],
+    ids=["data", "fsdp", "tensor", "data-fsdp-tensor", "data-sequence-tensor", "sequence-parallel", "slices"],
 )
 def test_eight_devices_give_the_loss_curve_of_one(start, alone, shape):
     losses, state = curve(plan_for(shape), start[1])
@@ -113,9 +119,7 @@ def test_a_step_moves_everything_that_it_should(start, alone):
 
 def test_loss_and_gradient_norm_equal_a_step_by_hand(start):
     plan, state = start
-    step = compile_step(
-        plan.train_step, plan.abstract, abstract(plan.example, meshes.batch_sharding(plan.mesh)), plan.mesh
-    )
+    step = compiled(plan)
     metrics = step(jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, plan.abstract)), plan.example)[1]
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng, impl=KEYS), 0)
 
@@ -136,9 +140,7 @@ def run_plan(config, *, steps=3, devices=8, state=None, batches=None):
     plan = prepare(config, jax.devices()[:devices])
     places = jax.tree.map(lambda leaf: leaf.sharding, plan.abstract)
     state = first_state(plan) if state is None else jax.device_put(state, places)
-    step = compile_step(
-        plan.train_step, plan.abstract, abstract(plan.example, meshes.batch_sharding(plan.mesh)), plan.mesh
-    )
+    step = compiled(plan)
     given = batches or plan.train_batches(0)
     states, metrics = [meshes.gather(state, plan.mesh)], []
     for _ in range(steps):
@@ -334,3 +336,24 @@ def test_corrupt_records_are_counted_over_the_batch():
         state, metrics = step(state, meshes.put_batch(batch, plan.mesh))
         counts.append(int(metrics["corrupt_records"]))
     assert counts == [0, 1, 2]
+
+
+def test_sequence_parallel_steps_hold_other_collectives():
+    # The plain and the parallel program differ, so the equal curves above are of two programs.
+    texts = [
+        compiled(plan_for(MeshShape(data=4, tensor=2, sequence_parallel=parallel))).as_text()
+        for parallel in (False, True)
+    ]
+    assert texts[1].count("all-gather") > texts[0].count("all-gather")
+
+
+@pytest.mark.parametrize("name", ["attention", "dots", "full"])
+def test_recomputation_changes_no_step(start, alone, name):
+    config = dataclasses.replace(load(TINY), test_data=None, metric=None, remat=name)
+    losses, _ = curve(prepare(config, jax.devices()[:1]), start[1])
+    np.testing.assert_allclose(losses, alone[0], rtol=0, atol=2e-5)
+
+
+def test_an_unknown_recomputation_is_refused():
+    with pytest.raises(ValueError, match="remat='most' must be one of"):
+        prepare(plain(remat="most"), jax.devices()[:1])
