@@ -40,10 +40,22 @@ def parser() -> argparse.ArgumentParser:
         "--find-rate", action="store_true", help="try rising learning rates for 100 steps, suggest one, and stop"
     )
     several = result.add_argument_group("several processes (start the same command on each host)")
-    several.add_argument("--distributed", action="store_true", help="let JAX find the cluster (SLURM, Cloud TPU, ...)")
+    several.add_argument(
+        "--distributed",
+        action="store_true",
+        help="find the others by the cluster (SLURM, Cloud TPU, ...) or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
+        "JAX_PROCESS_ID",
+    )
     several.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
     several.add_argument("--num-processes", type=int, metavar="N")
     several.add_argument("--process-id", type=int, metavar="I")
+    several.add_argument(
+        "--heartbeat-seconds",
+        type=int,
+        default=100,
+        metavar="S",
+        help="a process without a sign of life for so long is given up, and the others end (default: 100)",
+    )
     return result
 
 
@@ -63,11 +75,24 @@ def use_virtual_devices(count: int) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
 
 
-def join_processes(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Start `jax.distributed`; what is `None` is taken from the cluster's environment."""
+def join_processes(
+    coordinator: str | None, num_processes: int | None, process_id: int | None, heartbeat_seconds: int = 100
+) -> None:
+    """Start `jax.distributed`; what is `None` is taken from the environment.
+
+    These are JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, else what the cluster sets.
+    """
     import jax
 
-    jax.distributed.initialize(coordinator, num_processes, process_id)
+    def from_environment(name: str) -> int | None:
+        return int(os.environ[name]) if os.environ.get(name) else None
+
+    jax.distributed.initialize(
+        coordinator,  # JAX itself reads its variable
+        from_environment("JAX_NUM_PROCESSES") if num_processes is None else num_processes,
+        from_environment("JAX_PROCESS_ID") if process_id is None else process_id,
+        heartbeat_timeout_seconds=heartbeat_seconds,
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return refuse(f"--devices {options.devices} must be at least 1")
         use_virtual_devices(options.devices)
     if options.distributed or options.coordinator is not None:
-        join_processes(*explicit)
+        join_processes(*explicit, options.heartbeat_seconds)
 
     from train import config as configs
     from train import find_rate, loop

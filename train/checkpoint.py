@@ -92,7 +92,23 @@ def _is_orbax(text: str) -> bool:
     return "/orbax/" in text.replace("\\", "/")
 
 
-_QUIET = _OrbaxQuiet()
+class _TasksQuiet(logging.Filter):
+    """Drops what asyncio says of Orbax's and TensorStore's tasks that failed beside the one whose error was raised."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Returns False for the records to drop."""
+        text = str(record.msg)
+        return "exception was never retrieved" not in text or not (_is_orbax(text) or "tensorstore" in text)
+
+
+_QUIET = {"absl": _OrbaxQuiet(), "asyncio": _TasksQuiet()}
+
+
+def _quieten() -> None:
+    """Puts the filters in place, once."""
+    for name, quiet in _QUIET.items():
+        if quiet not in logging.getLogger(name).filters:
+            logging.getLogger(name).addFilter(quiet)
 
 
 @contextlib.contextmanager
@@ -100,8 +116,9 @@ def _quiet_reads() -> Iterator[None]:
     """Silences what the other reads of a restore say once one of them has failed; the failure itself is raised.
 
     They run on in TensorStore's threads and in tasks that nobody awaits any more, find the event loop closed, and
-    report that one by one. As this may come at any later time, the filters stay in place after a failure.
+    report that one by one. As this may come at any later time, the hook stays in place after a failure.
     """
+    _quieten()
     previous = sys.unraisablehook
 
     def hook(unraisable: "sys.UnraisableHookArgs") -> None:
@@ -110,19 +127,12 @@ def _quiet_reads() -> Iterator[None]:
         if not late and (code is None or not _is_orbax(code.co_filename)):
             previous(unraisable)
 
-    def keep(record: logging.LogRecord) -> bool:
-        text = str(record.msg)
-        return "exception was never retrieved" not in text or not (_is_orbax(text) or "tensorstore" in text)
-
-    asyncio_logger = logging.getLogger("asyncio")
     sys.unraisablehook = hook
-    asyncio_logger.addFilter(keep)
     try:
         yield
     except Exception:
         warnings.filterwarnings("ignore", r"coroutine 'Store\._\w+' was never awaited", RuntimeWarning)
         raise
-    asyncio_logger.removeFilter(keep)
     if sys.unraisablehook is hook:
         sys.unraisablehook = previous
 
@@ -195,9 +205,7 @@ class Checkpointer:
         self._tidied = False
         self._damaged: set[int] = set()  # steps to move aside before the next save
         self._manifests: dict[int, dict[str, Any]] = {}
-        absl_logger = logging.getLogger("absl")
-        if _QUIET not in absl_logger.filters:
-            absl_logger.addFilter(_QUIET)
+        _quieten()
         # Replicas share the writing where that spreads it over hosts; on one, slicing them costs more than it gives.
         arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=jax.process_count() > 1)
         registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
@@ -568,6 +576,10 @@ class Step:
             if _is_device_failure(error):
                 raise
             problem = f"{_unreadable(self.path, abstract)} cannot be read ({_first_line(error)})"
+        if problem is None:
+            # Damaged metadata can make Orbax hand a leaf back unread, or leave it out.
+            unread = [name for name in wanted if not isinstance(arrays.get(name), jax.Array)]
+            problem = f"leaf {unread[0]!r} was not read" if unread else None
         _agree(problem)
         for name, digest in zip(arrays, _digests(arrays), strict=True):
             if digest != stored[name]["digest"]:

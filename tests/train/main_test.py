@@ -33,11 +33,11 @@ PATIENCE = 240
 ENVIRONMENT = os.environ | shared_cache.environment() | {"PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "cpu"}
 
 
-def start(workdir, *arguments, config=TINY):
+def start(workdir, *arguments, config=TINY, **variables):
     return subprocess.Popen(
         [sys.executable, "-m", "train", str(config), "--workdir", str(workdir), *arguments],
         cwd=ROOT,
-        env=ENVIRONMENT,
+        env=ENVIRONMENT | variables,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -197,17 +197,22 @@ def test_kill_at_random_moments_changes_nothing(uninterrupted, tmp_path):
     assert_same_end(tmp_path, uninterrupted)
 
 
-def start_two(workdir, *settings):
+def start_two(workdir, *settings, by_environment=False):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     # One device each: with more, jaxlib 0.10's collectives between CPU processes can hang.
-    several = ["--devices=1", "--set=model.depths=()", f"--coordinator={address}", "--num-processes=2"]
+    several = ["--devices=1", "--set=model.depths=()"]
+    if by_environment:
+        shared = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+        several.append("--distributed")
+        return [start(workdir, *several, *settings, JAX_PROCESS_ID=str(index), **shared) for index in range(2)]
+    several += [f"--coordinator={address}", "--num-processes=2"]
     return [start(workdir, *several, f"--process-id={index}", *settings) for index in range(2)]
 
 
 def test_signal_to_one_of_two_processes_stops_both_at_the_same_step(tmp_path):
-    processes = start_two(tmp_path, f"--set=steps={STEPS * 50}")
+    processes = start_two(tmp_path, f"--set=steps={STEPS * 50}", by_environment=True)
     try:
         wait_for(lambda: 5 in steps_logged(tmp_path), processes[0])
         processes[1].send_signal(signal.SIGTERM)
