@@ -1,0 +1,101 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxlayers.ops.depthwise import as_general_conv, depthwise_conv
+
+
+def plain(x, kernel):
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", feature_group_count=x.shape[-1], dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def gradients(conv):
+    return jax.jit(jax.grad(lambda x, kernel: jnp.sum(jnp.sin(conv(x, kernel))), (0, 1)))
+
+
+def draw(rng, *shape):
+    return rng.normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("size", [(7, 7), (3, 5), (1, 3)])
+def test_it_equals_a_loop_over_pixels(rng, size):
+    x, kernel = draw(rng, 2, 6, 9, 3), draw(rng, *size, 1, 3)
+    padded = np.pad(x, ((0, 0), (size[0] // 2,) * 2, (size[1] // 2,) * 2, (0, 0)))
+    expected = np.zeros_like(x)
+    for i, j in np.ndindex(6, 9):
+        expected[:, i, j] = np.sum(padded[:, i : i + size[0], j : j + size[1]] * kernel[:, :, 0], axis=(1, 2))
+    np.testing.assert_allclose(depthwise_conv(jnp.asarray(x), jnp.asarray(kernel)), expected, atol=1e-5)
+    np.testing.assert_allclose(depthwise_conv(jnp.asarray(x[0]), jnp.asarray(kernel)), expected[0], atol=1e-5)
+
+
+def test_derivatives_of_both_modes_equal_those_of_the_plain_convolution(rng):
+    x, kernel = draw(rng, 2, 6, 5, 4), draw(rng, 3, 5, 1, 4)
+    for found, expected in zip(gradients(depthwise_conv)(x, kernel), gradients(plain)(x, kernel), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    tangents = (draw(rng, *x.shape), draw(rng, *kernel.shape))
+    found, expected = (
+        jax.jvp(conv, (jnp.asarray(x), jnp.asarray(kernel)), tangents)[1] for conv in (depthwise_conv, plain)
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    # Per-example gradients and second derivatives go through as well.
+    each = jax.vmap(jax.grad(lambda kernel, x: jnp.sum(jnp.sin(depthwise_conv(x, kernel)))), (None, 0))(kernel, x)
+    np.testing.assert_allclose(jnp.sum(each, axis=0), gradients(plain)(x, kernel)[1], atol=1e-5)
+
+    def curvature(conv):
+        slope = jax.grad(lambda kernel: jnp.sum(jnp.sin(conv(jnp.asarray(x), kernel))))
+        return jax.jvp(slope, (jnp.asarray(kernel),), (tangents[1],))[1]
+
+    np.testing.assert_allclose(curvature(depthwise_conv), curvature(plain), atol=1e-4)
+
+
+def test_gradient_over_many_pixels_survives_bfloat16(rng):
+    # 65,536 products of one sign: a sum kept in bfloat16 would stop growing at 256 of them.
+    x, kernel = np.abs(draw(rng, 16, 64, 64, 2)), draw(rng, 3, 3, 1, 2)
+
+    def gradient(dtype):
+        step = jax.grad(lambda kernel, x: jnp.sum(depthwise_conv(x, kernel).astype(jnp.float32)))
+        return jax.jit(step)(jnp.asarray(kernel, dtype), jnp.asarray(x, dtype))
+
+    found = gradient(jnp.bfloat16)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(found, np.float32), gradient(jnp.float32), rtol=1e-2)
+
+
+@pytest.mark.parametrize("shape", [{"data": 8}, {"data": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_gradient_is_right_on_a_mesh_with_axes_that_do_not_split_the_batch(rng, shape):
+    x, kernel = draw(rng, 8, 5, 4, 6), draw(rng, 3, 3, 1, 6)
+    expected = gradients(plain)(x, kernel)
+    mesh = jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=(jax.sharding.AxisType.Auto,) * len(shape))
+    placed = jax.device_put(x, NamedSharding(mesh, P("data"))), jax.device_put(kernel, NamedSharding(mesh, P()))
+    for found, one in zip(gradients(depthwise_conv)(*placed), expected, strict=True):
+        np.testing.assert_allclose(found, one, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 1, 6), (3, 3, 1, 5), (3, 3, 6, 1), (3, 3, 6)])
+def test_kernels_without_a_middle_or_of_other_features_are_refused(untyped, shape):
+    with pytest.raises(ValueError, match=r"must be \[odd, odd, 1, 6\]; set odd sizes"):
+        depthwise_conv(jnp.ones((1, 5, 5, 6)), jnp.ones(shape))
+
+
+def test_it_stands_in_for_the_convolution_of_flax(rng):
+    x = jnp.asarray(draw(rng, 2, 3, 6, 5, 4))
+    fields = {"features": 4, "kernel_size": (3, 5), "feature_group_count": 4}
+    ours = nn.Conv(**fields, conv_general_dilated=as_general_conv)
+    found, variables = ours.init_with_output(jax.random.key(0), x)
+    np.testing.assert_allclose(found, nn.Conv(**fields).apply(variables, x), atol=1e-5)
+    assert "custom_jvp" in str(jax.make_jaxpr(ours.apply)(variables, x))
+
+
+@pytest.mark.parametrize(
+    "change", [{"strides": 2}, {"padding": "VALID"}, {"kernel_dilation": 2}, {"feature_group_count": 2}]
+)
+def test_other_convolutions_of_flax_are_refused(untyped, change):
+    fields = {"features": 4, "kernel_size": (3, 3), "feature_group_count": 4, **change}
+    with pytest.raises(ValueError, match="must be 1, 1, 'SAME', 4 and None; use the plain convolution"):
+        nn.Conv(**fields, conv_general_dilated=as_general_conv).init(jax.random.key(0), jnp.ones((1, 5, 5, 4)))
