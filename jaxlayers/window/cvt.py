@@ -18,6 +18,7 @@ from jaxlayers.core.types import ActivationFn, Dtype, Initializer, Params
 from jaxlayers.nn.drop_path import DropPath, drop_path_rates
 from jaxlayers.nn.feed_forward import FeedForward
 from jaxlayers.nn.multi_head import attention_weights, merge_heads, split_heads
+from jaxlayers.ops.depthwise import as_general_conv
 from jaxlayers.ops.patches import pad_to_multiple, split_shape
 
 layer_norm = functools.partial(nn.LayerNorm, epsilon=1e-5)
@@ -184,6 +185,7 @@ class ConvProjection(nn.Module):
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             kernel_init=self.kernel_init,
+            conv_general_dilated=as_general_conv,
             name="convolution",
         )(_surround(x, self.kernel_size, self.stride, circular=self.circular))
         return nn.BatchNorm(

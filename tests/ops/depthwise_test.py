@@ -1,3 +1,5 @@
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,9 +11,14 @@ from jax.sharding import PartitionSpec as P
 from jaxlayers.ops.depthwise import as_general_conv, depthwise_conv
 
 
-def plain(x, kernel):
+def plain(x, kernel, stride=1, padding="SAME"):
     return jax.lax.conv_general_dilated(
-        x, kernel, (1, 1), "SAME", feature_group_count=x.shape[-1], dimension_numbers=("NHWC", "HWIO", "NHWC")
+        x,
+        kernel,
+        (stride, stride),
+        padding,
+        feature_group_count=x.shape[-1],
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
 
 
@@ -67,35 +74,52 @@ def test_gradient_over_many_pixels_survives_bfloat16(rng):
     np.testing.assert_allclose(np.asarray(found, np.float32), gradient(jnp.float32), rtol=1e-2)
 
 
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("height", [7, 8, 9])
+def test_strides_without_padding_equal_the_plain_convolution_with_its_derivatives(rng, stride, height):
+    x, kernel = draw(rng, 2, height, 6, 4), draw(rng, 2 if height == 8 else 3, 5, 1, 4)
+    ours = functools.partial(depthwise_conv, stride=stride, padding="VALID")
+    theirs = functools.partial(plain, stride=stride, padding="VALID")
+    np.testing.assert_allclose(ours(jnp.asarray(x), jnp.asarray(kernel)), theirs(x, kernel), atol=1e-5)
+    for found, expected in zip(gradients(ours)(x, kernel), gradients(theirs)(x, kernel), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [{"data": 8}, {"data": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}])
-def test_gradient_is_right_on_a_mesh_with_axes_that_do_not_split_the_batch(rng, shape):
+@pytest.mark.parametrize("steps", [{}, {"stride": 2, "padding": "VALID"}], ids=["same", "strided"])
+def test_gradient_is_right_on_a_mesh_with_axes_that_do_not_split_the_batch(rng, shape, steps):
     x, kernel = draw(rng, 8, 5, 4, 6), draw(rng, 3, 3, 1, 6)
-    expected = gradients(plain)(x, kernel)
+    expected = gradients(functools.partial(plain, **steps))(x, kernel)
     mesh = jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=(jax.sharding.AxisType.Auto,) * len(shape))
     placed = jax.device_put(x, NamedSharding(mesh, P("data"))), jax.device_put(kernel, NamedSharding(mesh, P()))
-    for found, one in zip(gradients(depthwise_conv)(*placed), expected, strict=True):
+    for found, one in zip(gradients(functools.partial(depthwise_conv, **steps))(*placed), expected, strict=True):
         np.testing.assert_allclose(found, one, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 1, 6), (3, 3, 1, 5), (3, 3, 6, 1), (3, 3, 6)])
 def test_kernels_without_a_middle_or_of_other_features_are_refused(untyped, shape):
-    with pytest.raises(ValueError, match=r"must be \[odd, odd, 1, 6\]; set odd sizes"):
+    with pytest.raises(ValueError, match=r"must be \[odd, odd, 1, 6\]; set its sizes"):
         depthwise_conv(jnp.ones((1, 5, 5, 6)), jnp.ones(shape))
 
 
-def test_it_stands_in_for_the_convolution_of_flax(rng):
+@pytest.mark.parametrize("steps", [{}, {"strides": 2, "padding": "VALID"}], ids=["same", "strided"])
+def test_it_stands_in_for_the_convolution_of_flax(rng, steps):
     x = jnp.asarray(draw(rng, 2, 3, 6, 5, 4))
-    fields = {"features": 4, "kernel_size": (3, 5), "feature_group_count": 4}
+    fields = {"features": 4, "kernel_size": (3, 5), "feature_group_count": 4, **steps}
     ours = nn.Conv(**fields, conv_general_dilated=as_general_conv)
     found, variables = ours.init_with_output(jax.random.key(0), x)
     np.testing.assert_allclose(found, nn.Conv(**fields).apply(variables, x), atol=1e-5)
     assert "custom_jvp" in str(jax.make_jaxpr(ours.apply)(variables, x))
 
 
-@pytest.mark.parametrize(
-    "change", [{"strides": 2}, {"padding": "VALID"}, {"kernel_dilation": 2}, {"feature_group_count": 2}]
-)
+@pytest.mark.parametrize("change", [{"strides": (1, 2)}, {"kernel_dilation": 2}, {"feature_group_count": 2}])
 def test_other_convolutions_of_flax_are_refused(untyped, change):
     fields = {"features": 4, "kernel_size": (3, 3), "feature_group_count": 4, **change}
-    with pytest.raises(ValueError, match="must be 1, 1, 'SAME', 4 and None; use the plain convolution"):
+    with pytest.raises(ValueError, match="must be alike, 1, 4 and None; use the plain convolution"):
         nn.Conv(**fields, conv_general_dilated=as_general_conv).init(jax.random.key(0), jnp.ones((1, 5, 5, 4)))
+
+
+@pytest.mark.parametrize("steps", [{"stride": 2}, {"padding": "CIRCULAR"}, {"stride": 0, "padding": "VALID"}])
+def test_stride_and_padding_that_do_not_go_together_are_refused(steps):
+    with pytest.raises(ValueError, match="must be 1 and 'SAME', or any and 'VALID'"):
+        depthwise_conv(jnp.ones((1, 5, 5, 4)), jnp.ones((3, 3, 1, 4)), **steps)

@@ -475,3 +475,24 @@ def test_own_fields_stay_few():
     others = {"parent", "name", "dtype", "param_dtype", "kernel_init", "bias_init"}
     for cls in (Cvt, CvtBlock, ConvAttention, ConvProjection, ConvTokenEmbed):
         assert len({field.name for field in dataclasses.fields(cls)} - others) <= 13
+
+
+def test_gradient_of_the_projection_is_right_on_a_mesh_with_a_tensor_axis():
+    layer = ConvProjection(stride=2)
+    x = np.random.default_rng(0).normal(size=(8, 7, 6, 4)).astype(np.float32)
+    variables = layer.init(jax.random.key(0), jnp.asarray(x))
+
+    @jax.jit
+    def gradient(params, x):
+        def loss(params):
+            return jnp.sum(jnp.sin(layer.apply({**variables, "params": params}, x)))
+
+        return jax.grad(loss)(params)
+
+    expected = gradient(variables["params"], x)
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    found = gradient(jax.device_put(variables["params"], whole), jax.device_put(x, spread))
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
