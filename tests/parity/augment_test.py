@@ -12,19 +12,6 @@ from train import augment
 torch = pytest.importorskip("torch")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def torchvision():
-    """Import torchvision, which timm needs, also where its compiled operators are built for another torch."""
-    try:
-        module = pytest.importorskip("torchvision")
-    except RuntimeError:
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        module = pytest.importorskip("torchvision")
-    return module
-
-
 @pytest.fixture(scope="module")
 def timm_data(torchvision):
     return pytest.importorskip("timm.data")

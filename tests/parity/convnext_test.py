@@ -13,30 +13,6 @@ from jaxlayers.conv import ConvNeXt, GlobalResponseNorm, convnext
 torch = pytest.importorskip("torch")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def torchvision():
-    """Import torchvision, which timm needs, also where its compiled operators are built for another torch."""
-    try:
-        module = pytest.importorskip("torchvision")
-    except RuntimeError:
-        # Its Python half registers shapes for operators that then do not exist; ConvNeXt uses none of them.
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        module = pytest.importorskip("torchvision")
-    return module
-
-
-@pytest.fixture(scope="module")
-def timm(torchvision):
-    return pytest.importorskip("timm")
-
-
-@pytest.fixture(scope="module")
-def transformers():
-    return pytest.importorskip("transformers")
-
-
 def randomise(model):
     """Draw every parameter at a scale at which it shows: fresh layer scales and response norms leave nothing to see."""
     generator = torch.Generator().manual_seed(0)

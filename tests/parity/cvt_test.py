@@ -12,20 +12,6 @@ from jaxlayers.window import Cvt, cvt
 torch = pytest.importorskip("torch")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def transformers():
-    """Import transformers, also where torchvision, which it wants, has its operators built for another torch."""
-    try:
-        pytest.importorskip("torchvision")
-    except RuntimeError:
-        # Its Python half registers shapes for operators that then do not exist; CvT uses none of them.
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        pytest.importorskip("torchvision")
-    return pytest.importorskip("transformers")
-
-
 SMALL = Cvt(
     num_classes=7,
     patch_size=(7, 3),

@@ -13,20 +13,6 @@ from jaxlayers.window import TNT, tnt
 torch = pytest.importorskip("torch")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def timm():
-    """Import timm, also where torchvision, which it needs, has its operators built for another torch."""
-    try:
-        pytest.importorskip("torchvision")
-    except RuntimeError:
-        # Its Python half registers shapes for operators that then do not exist; TNT uses none of them.
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        pytest.importorskip("torchvision")
-    return pytest.importorskip("timm")
-
-
 def randomise(model):
     """Draw every parameter at a scale at which it shows: fresh ones leave attention nearly uniform."""
     generator = torch.Generator().manual_seed(0)
