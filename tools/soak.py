@@ -913,7 +913,7 @@ def _fill(disk: Path, leave: int) -> Callable[[], None]:
     """Fill a file system but for some bytes; return how to free it again."""
     filler = disk / "filler"
     room = os.statvfs(disk)
-    with filler.open("wb") as file:
+    with filler.open("wb") as file, contextlib.suppress(OSError):  # a save under way may take the room first
         file.write(b"\0" * max(0, room.f_bavail * room.f_frsize - leave))
     return lambda: filler.unlink(missing_ok=True)
 

@@ -134,6 +134,7 @@ def submit(tmp_path, srun, *arguments, **variables):
     )
 
 
+@pytest.mark.slow
 def test_batch_script_trains_one_process_a_task_to_the_end(tmp_path):
     srun = SRUN.format(python=sys.executable, extra=QUICK, patience=PATIENCE)
     port = str(free_port())

@@ -48,6 +48,7 @@ def failed(rows):
     return [row for row in rows if row.passed != row.trials]
 
 
+@pytest.mark.slow
 def test_every_damaged_file_is_detected_or_harmless(soak):
     rows = list(tool.files(soak, repeats=1))
     assert not failed(rows), failed(rows)

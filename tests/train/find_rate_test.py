@@ -32,6 +32,7 @@ def test_rates_rise_geometrically_and_the_loss_falls_before_it_grows(found):
     assert 1e-4 < found.suggestion < 1
 
 
+@pytest.mark.slow
 def test_the_suggestion_trains_better_than_the_ends_of_the_range(found, tmp_path):
     def loss_at(rate):
         config = load(TINY)

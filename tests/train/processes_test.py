@@ -59,14 +59,6 @@ def config(smoke=False):
     return dataclasses.replace(tiny.config(smoke), train_data=Noted(tiny.records({ROWS}, seed=1)))
 """
 
-# A peer that is gone is noticed after the time without heartbeats, which is 100 seconds by default.
-SOON = """
-import functools, jax, sys
-jax.distributed.initialize = functools.partial(jax.distributed.initialize, heartbeat_timeout_seconds=10)
-from train.__main__ import main
-sys.exit(main())
-"""
-
 
 def free_port():
     with socket.socket() as free:
@@ -229,7 +221,7 @@ def test_processes_under_slurm_read_their_own_rows_and_compute_what_one_process_
 def test_a_killed_process_ends_the_others_within_the_heartbeat_time_and_all_resume(tmp_path):
     wanted = alone(tmp_path / "alone", 2)
     long = "--set=steps=20000"
-    with Group(tmp_path / "run", by_flags(2), long, program=("-c", SOON)) as group:
+    with Group(tmp_path / "run", by_flags(2), long, "--heartbeat-seconds=10") as group:
         group.until(lambda: len(lines(tmp_path / "run")) > 8)
         group.processes[1].kill()
         killed = time.monotonic()

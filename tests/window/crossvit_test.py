@@ -366,6 +366,7 @@ def test_drop_path_rates_grow_over_encoders():
             assert abs(lost[f"encoders_{encoder}/{name}"] - 0.3 * (2 * encoder + step)) < 0.08, name
 
 
+@pytest.mark.slow
 def test_remat_changes_neither_logits_nor_gradients():
     model = TINY.clone(num_encoders=1, depths=(1, 1), embed_dim=(2, 2), num_heads=(1, 1), mlp_ratio=1.0)
     x = jnp.asarray(np.random.default_rng(1).normal(size=(1, 12, 12, 1)), jnp.float32)
