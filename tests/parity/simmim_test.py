@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxlayers.window import SimMIM, Swin, simmim
-from tests.parity.swin_test import randomise, state, to_torch, torchvision  # noqa: F401
+from tests.parity.swin_test import randomise, state, to_torch
 
 torch = pytest.importorskip("torch")
 
@@ -16,8 +16,7 @@ MODEL = SimMIM(Swin(num_classes=0, **SHAPE))
 
 
 @pytest.fixture(scope="module")
-def reference():
-    transformers = pytest.importorskip("transformers")
+def reference(transformers):
     config = transformers.SwinConfig(image_size=SIZE, num_channels=3, encoder_stride=8, **SHAPE)
     return randomise(transformers.SwinForMaskedImageModeling(config))
 
