@@ -136,7 +136,11 @@ def train(
     plan = prepare(config, devices)
     with contextlib.ExitStack() as stack:
         run = begin(plan, Path(workdir), stack, silent=silent, wandb=wandb)
-        stopped = agreed(stop) or take_steps(plan, run, stop, stack, profile)
+        stopped = agreed(stop)
+        if not stopped:
+            # Readers and watchdog end with the steps: what comes after may take as long as it likes.
+            with guard.Watchdog(config.hang_seconds) as watchdog, contextlib.ExitStack() as readers:
+                stopped = take_steps(plan, run, stop, readers, watchdog, profile)
         if not stopped:
             result = finish(plan, run, stop)
             if result is not None:
@@ -361,7 +365,12 @@ def ended(plan: Plan, run: Run) -> bool:
 
 
 def take_steps(
-    plan: Plan, run: Run, stop: Callable[[], int], stack: contextlib.ExitStack, profile: tuple[int, int] | None = None
+    plan: Plan,
+    run: Run,
+    stop: Callable[[], int],
+    stack: contextlib.ExitStack,
+    watchdog: guard.Watchdog,
+    profile: tuple[int, int] | None = None,
 ) -> int:
     """Compile and take the steps that are left, with evaluations and checkpoints on the way.
 
@@ -373,7 +382,6 @@ def take_steps(
         return 0
     test_data, save_every = config.test_data, config.checkpoint_every or config.eval_every
     several = jax.process_count() > 1
-    watchdog = stack.enter_context(guard.Watchdog(config.hang_seconds))
 
     def polled() -> int:
         watchdog.alive()
@@ -550,7 +558,7 @@ class Reader:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.stopped = int(values.pop(steps.STOP, 0)) or self.stopped
         rate = self._run.bar.update(step)
-        if "corrupt_records" in values:
+        if "corrupt_records" in values:  # since this process began
             values["corrupt_records"] = self._corrupt = self._corrupt + int(values["corrupt_records"])
         bad = [name for name in ("loss", "gradient_norm") if not math.isfinite(values[name])]
         skipped = bool(values.pop("skipped", 0))

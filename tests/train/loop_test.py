@@ -6,6 +6,7 @@ import logging
 import signal
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -511,3 +512,20 @@ def test_the_last_save_must_succeed(config, tmp_path, monkeypatch):
     monkeypatch.setattr(FullDisk, "fail", fail, raising=False)
     with pytest.raises(loop.SaveError, match="saving step 9 failed"):
         loop.train(config, tmp_path, silent=True)
+
+
+def test_the_watchdog_guards_the_steps_and_nothing_after_them(config, tmp_path, monkeypatch):
+    armed, seen, stepped, save = [], {}, [], loop.save
+    monkeypatch.setattr(loop.guard.faulthandler, "dump_traceback_later", lambda *rest, **more: armed.append(True))
+    monkeypatch.setattr(loop.guard.faulthandler, "cancel_dump_traceback_later", armed.clear)
+
+    def baselines():  # may take hours
+        seen["report"] = bool(armed)
+        seen["readers"] = [thread.name for thread in threading.enumerate() if thread.name == "prefetch"]
+        return {}
+
+    monkeypatch.setattr(loop, "save", lambda *rest: (stepped.append(bool(armed)), save(*rest)))
+    loop.train(dataclasses.replace(config, steps=3, baselines=baselines), tmp_path, silent=True)
+    assert stepped == [True]
+    assert seen["report"] is False
+    assert seen["readers"] == []
