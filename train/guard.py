@@ -7,6 +7,7 @@ import fcntl
 import math
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,33 +41,50 @@ def locked(workdir: Path) -> Iterator[None]:
 class Watchdog:
     """Ends the process, with the stacks of all threads on stderr, when `alive` is not called for `seconds`.
 
-    A peer that hangs inside a collective stops every process of a run without an error, and no Python thread may run
-    then: the timer is faulthandler's, which needs neither the interpreter nor a signal. The exit code is 1; started
+    A peer that hangs inside a collective stops every process of a run without an error. A thread watches the time and
+    holds the interpreter's lock while it shows the stacks; they stand still then. Where a hang keeps that lock, no
+    thread runs: faulthandler's timer, which needs no lock, ends the process `GRACE_SECONDS` later. (As the only timer
+    it would not do: it reads the stacks of running threads, and crashes now and then.) The exit code is 1; started
     again, the run goes on from its newest checkpoint. Outside the context, and with `seconds=None`, nothing is watched.
     """
 
     REARM_SECONDS = 1.0
+    GRACE_SECONDS = 10.0
 
     def __init__(self, seconds: float | None) -> None:
-        self._seconds, self._armed, self._active = seconds, -math.inf, False
+        self._seconds, self._seen, self._armed = seconds, -math.inf, -math.inf
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> "Watchdog":
-        self._active = True
-        self.alive()
+        if self._seconds is not None:
+            self._thread = threading.Thread(target=self._watch, args=(self._seconds,), name="watchdog", daemon=True)
+            self.alive()
+            self._thread.start()
         return self
 
     def __exit__(self, *unused: object) -> None:
-        self._active = False
-        if self._seconds is not None:
+        if self._thread is not None:
+            self._ended.set()
+            self._thread.join()
+            self._thread = None
             faulthandler.cancel_dump_traceback_later()
 
     def alive(self) -> None:
         """Start the time anew."""
-        now = time.monotonic()
-        if not self._active or self._seconds is None or now - self._armed < min(self.REARM_SECONDS, self._seconds / 4):
+        if self._seconds is None or self._thread is None:
             return
-        self._armed = now
-        faulthandler.dump_traceback_later(self._seconds, exit=True, file=2)
+        self._seen = time.monotonic()
+        if self._seen - self._armed >= self.REARM_SECONDS:
+            self._armed = self._seen
+            faulthandler.dump_traceback_later(self._seconds + self.GRACE_SECONDS, exit=True, file=2)
+
+    def _watch(self, seconds: float) -> None:
+        while not self._ended.wait(max(self._seen + seconds - time.monotonic(), 0.0)):
+            if time.monotonic() - self._seen >= seconds:
+                os.write(2, f"no sign of life for {seconds:g} s; the stacks of all threads:\n".encode())
+                faulthandler.dump_traceback(file=2)
+                os._exit(1)
 
 
 @dataclasses.dataclass

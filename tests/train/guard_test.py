@@ -43,23 +43,27 @@ def test_a_directory_is_locked_for_others_and_free_again_after_a_kill(tmp_path):
 
 
 HANG = """
-    import sys, time
+    import ctypes, sys, time
     from train import guard
+    guard.Watchdog.GRACE_SECONDS = 0.5
+    # The second keeps the interpreter's lock while it sleeps.
+    sleep = {"free": time.sleep, "locked": ctypes.PyDLL(None).sleep}[sys.argv[3]]
     def waits_for_ever(seconds):
-        time.sleep(seconds)
+        sleep(seconds)
     with guard.Watchdog(float(sys.argv[1])) as watchdog:
         for _ in range(6):
             time.sleep(0.25)
             watchdog.alive()
-        waits_for_ever(float(sys.argv[2]))
-    time.sleep(float(sys.argv[1]) * 1.5)
+        waits_for_ever(int(sys.argv[2]))
+    time.sleep(float(sys.argv[1]) * 2)
     print("done")
 """
 
 
-def test_a_hang_ends_the_process_and_shows_where_it_hung():
+@pytest.mark.parametrize("lock", ["free", "locked"])
+def test_a_hang_ends_the_process_and_shows_where_it_hung(lock):
     began = time.monotonic()
-    hung = run(HANG, 1.0, 50)
+    hung = run(HANG, 1.0, 50, lock)
     assert time.monotonic() - began < 30
     assert hung.returncode == 1
     assert "waits_for_ever" in hung.stderr
@@ -67,7 +71,23 @@ def test_a_hang_ends_the_process_and_shows_where_it_hung():
 
 
 def test_a_process_that_gives_signs_of_life_is_left_alone():
-    assert run(HANG, 1.0, 0.2).stdout == "done\n"
+    assert run(HANG, 1.0, 0, "free").stdout == "done\n"
+
+
+BUSY = """
+    import threading
+    from train import guard
+    def recurse(depth):
+        return [recurse(depth - 1) for _ in range(2)] if depth else []
+    for _ in range(8):
+        threading.Thread(target=lambda: [recurse(12) for _ in range(10**9)], daemon=True).start()
+    with guard.Watchdog(0.1):
+        recurse(40)
+"""
+
+
+def test_stacks_that_change_do_not_crash_the_end():
+    assert [run(BUSY).returncode for _ in range(8)] == [1] * 8
 
 
 def test_without_a_limit_nothing_is_watched():
