@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +13,8 @@ from jaxtyping import Array, Bool, Float
 from jaxlayers.core import axes, reference
 from jaxlayers.core.dtypes import at_least_float32, compute_dtype
 from jaxlayers.core.initializers import truncated_normal, zeros
+from jaxlayers.core.labels import no_decay as no_decay
+from jaxlayers.core.labels import pyramid_layer_ids
 from jaxlayers.core.pyramid import Level
 from jaxlayers.core.remat import remat_block
 from jaxlayers.core.safe import safe_norm
@@ -25,8 +26,6 @@ from jaxlayers.ops.depthwise import as_general_conv
 from jaxlayers.ops.patches import split_shape
 
 layer_norm = functools.partial(nn.LayerNorm, epsilon=1e-6)
-
-_AXES = (axes.BATCH, axes.HEIGHT, axes.WIDTH, axes.FEATURES)
 
 
 def global_response_norm(
@@ -225,7 +224,7 @@ class ConvNeXtBlock(nn.Module):
             scale = self.param("scale", nn.initializers.constant(self.layer_scale), (features,), self.param_dtype)
             y = (y.astype(at_least_float32(y.dtype)) * scale).astype(y.dtype)
         y = DropPath(self.drop_path_rate, batch_ndim=len(batch))(_hide(y, mask), deterministic=deterministic)
-        return _constrain(x + y)
+        return axes.constrain_map(x + y)
 
 
 class ConvNeXt(nn.Module):
@@ -383,7 +382,7 @@ class ConvNeXt(nn.Module):
         last = tuple(-(-length // (step * coarse)) for length, step in zip(size, self._patch, strict=True))
         if mask is not None and mask.shape != (*batch, *last):
             raise ValueError(f"mask must have the shape {(*batch, *last)} of the last map's entries; got {mask.shape}")
-        x = _constrain(self.patch_embed(x))
+        x = axes.constrain_map(self.patch_embed(x))
         levels = []
         for index, stage in enumerate(self.stages):
             x = stage(x, mask, deterministic=deterministic)
@@ -413,7 +412,7 @@ class _Stage(nn.Module):
     @nn.compact
     def __call__(self, x: Array, mask: Array | None, *, deterministic: bool) -> Array:
         if self.norm is not None and self.reduce is not None:
-            x = _constrain(self.reduce(name="downsample")(self.norm(name="pre_norm")(x)))
+            x = axes.constrain_map(self.reduce(name="downsample")(self.norm(name="pre_norm")(x)))
         mask = None if mask is None else _fine_mask(mask, self.coarser, x.shape[-3:-1])
 
         def call(block: nn.Module, x: Array, mask: Array | None) -> Array:
@@ -436,44 +435,12 @@ def _hide(x: Array, mask: Array | None) -> Array:
     return x if mask is None else jnp.where(mask[..., None], x, 0)
 
 
-def _constrain(x: Array) -> Array:
-    return axes.constrain(x, *_AXES[-min(x.ndim, len(_AXES)) :])
-
-
 # Parameter trees ------------------------------------------------------------------------------------------------------
 
 
-def no_decay(params: Params) -> dict[str, Any]:
-    """Return a tree of booleans, true for parameters without weight decay: all but the kernels."""
-    flat = flax.traverse_util.flatten_dict(dict(params))
-    return flax.traverse_util.unflatten_dict({path: path[-1] != "kernel" for path in flat})
-
-
 def layer_ids(params: Params, model: ConvNeXt) -> dict[str, Any]:
-    """Return a tree of the layer that each parameter belongs to, for layer-wise learning rates.
-
-    The patch embedding is layer 0, block k of the whole model layer k + 1, a downsampling belongs to the block before
-    it, and final norm and head are layer `sum(depths) + 1`: with decay r the rate is scaled by r to the power of
-    `sum(depths) + 1 - id`.
-
-    Args:
-      params: parameters of `model`.
-      model: the model, for its depths.
-
-    Returns:
-      Integers.
-    """
-
-    def layer(path: tuple[str, ...]) -> int:
-        if path[0] == "patch_embed":
-            return 0
-        if not path[0].startswith("stages_"):
-            return sum(model.depths) + 1
-        before = sum(model.depths[: int(path[0].removeprefix("stages_"))])
-        return before + 1 + int(path[1].removeprefix("blocks_")) if path[1].startswith("blocks_") else before
-
-    flat = flax.traverse_util.flatten_dict(dict(params))
-    return flax.traverse_util.unflatten_dict({path: layer(path) for path in flat})
+    """Return a tree of the layer that each parameter belongs to, see `pyramid_layer_ids`."""
+    return pyramid_layer_ids(params, model.depths)
 
 
 # Reference checkpoints ------------------------------------------------------------------------------------------------

@@ -23,6 +23,9 @@ HIDDEN = "hidden"
 
 NAMES = frozenset({BATCH, HEIGHT, WIDTH, DEPTH, WINDOWS, TOKENS, NODES, PATTERNS, HEADS, FEATURES, HIDDEN})
 
+# The axes of a map with one to three spatial axes, coarsest first.
+SPACE = {1: (TOKENS,), 2: (HEIGHT, WIDTH), 3: (DEPTH, HEIGHT, WIDTH)}
+
 _A = TypeVar("_A", bound=jax.Array)
 
 
@@ -67,3 +70,23 @@ def _dividing(entry: str | tuple[str, ...] | None, size: int, mesh: jax.sharding
     while mesh_axes and size % math.prod(mesh.shape[axis] for axis in mesh_axes):
         mesh_axes = mesh_axes[:-1]
     return mesh_axes if len(mesh_axes) > 1 else next(iter(mesh_axes), None)
+
+
+def constrain_last(x: _A, *names: str | None) -> _A:
+    """Do as `constrain` with the last of the names, as many as `x` has axes: without a batch, its name is dropped."""
+    return constrain(x, *names[-min(x.ndim, len(names)) :])
+
+
+def constrain_map(x: _A, rank: int = 2) -> _A:
+    """Constrain a map `[*batch, *space, features]` with `rank` spatial axes."""
+    return constrain_last(x, BATCH, *SPACE[rank], FEATURES)
+
+
+def constrain_tokens(x: _A) -> _A:
+    """Constrain tokens `[*batch, tokens, features]`."""
+    return constrain_last(x, BATCH, TOKENS, FEATURES)
+
+
+def constrain_heads(x: _A, *groups: str) -> _A:
+    """Constrain what each head sees, `[*batch, *groups, heads, tokens, dim]`, such as windows for groups."""
+    return constrain_last(x, BATCH, *groups, HEADS, None, None)

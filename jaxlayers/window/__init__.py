@@ -2,7 +2,6 @@
 
 from jaxlayers.window.crossvit import CrossFusion as CrossFusion
 from jaxlayers.window.crossvit import CrossViT as CrossViT
-from jaxlayers.window.crossvit import TransformerBlock as TransformerBlock
 from jaxlayers.window.cvt import ConvAttention as ConvAttention
 from jaxlayers.window.cvt import ConvProjection as ConvProjection
 from jaxlayers.window.cvt import ConvTokenEmbed as ConvTokenEmbed

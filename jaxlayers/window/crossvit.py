@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,142 +12,18 @@ from jaxtyping import Array, Float
 
 from jaxlayers.core import axes, reference, remat
 from jaxlayers.core.initializers import lecun_normal, truncated_normal, zeros
+from jaxlayers.core.labels import label
+from jaxlayers.core.labels import no_decay as no_decay
 from jaxlayers.core.types import Dtype, Initializer, Params
+from jaxlayers.nn.attention import MultiHeadAttention
 from jaxlayers.nn.drop_path import DropPath, drop_path_rates
-from jaxlayers.nn.feed_forward import FeedForward, exact_gelu
-from jaxlayers.nn.multi_head import attention_weights, merge_heads, split_heads
+from jaxlayers.nn.feed_forward import exact_gelu
 from jaxlayers.nn.patch_embed import PatchEmbed
+from jaxlayers.nn.transformer_block import TransformerBlock, layer_norm
 from jaxlayers.ops.patches import split_shape
 from jaxlayers.ops.resample import resample
 
-layer_norm = functools.partial(nn.LayerNorm, epsilon=1e-6)
-
 _BRANCHES = ("small", "large")
-
-
-class _Attention(nn.Module):
-    """Let queries attend to keys and values of the same width."""
-
-    num_heads: int
-    use_bias: bool
-    dtype: Dtype | None
-    param_dtype: Dtype
-    kernel_init: Initializer
-    bias_init: Initializer
-
-    @nn.compact
-    def __call__(self, inputs_q: Array, inputs_kv: Array) -> Array:
-        features = inputs_q.shape[-1]
-        if self.num_heads < 1 or features % self.num_heads:
-            raise ValueError(
-                f"features={features} must be divisible by num_heads={self.num_heads}; set num_heads or features"
-            )
-        dense = functools.partial(
-            nn.Dense,
-            features,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=self.kernel_init,
-            bias_init=self.bias_init,
-        )
-        query, key, value = (
-            _constrain_heads(split_heads(dense(use_bias=self.use_bias, name=name)(x), self.num_heads))
-            for name, x in (("query", inputs_q), ("key", inputs_kv), ("value", inputs_kv))
-        )
-
-        def attend(module: nn.Module, query: Array, key: Array, value: Array) -> Array:
-            scale = (features // self.num_heads) ** -0.5
-            weights = attention_weights(jnp.matmul(query * scale, jnp.swapaxes(key, -1, -2)))
-            module.sow("intermediates", "attention_weights", weights)
-            return jnp.matmul(weights, value)
-
-        return dense(name="out")(merge_heads(_constrain_heads(remat.attention(attend, self, query, key, value))))
-
-
-class TransformerBlock(nn.Module):
-    """Mix all tokens by attention, then each token alone: the block of a plain vision Transformer.
-
-    z = x + drop(MSA(norm(x))), out = z + drop(MLP(norm(z))), with MSA = softmax(Q K^T / sqrt(d)) V W_out for each head
-    of width d.
-
-    Symmetry:
-      Exactly equivariant to permutations of the tokens.
-
-    Attributes:
-      num_heads: number of heads; must divide the features.
-      mlp_ratio: width of the MLP's hidden layer, in multiples of the features.
-      use_bias: add biases to Q, K and V (all other layers have them).
-      drop_path_rate: probability of dropping a residual branch for a sample, in [0, 1).
-      norm: makes a norm, called as `norm(dtype=..., param_dtype=..., name=...)`.
-      dtype: compute dtype; `None` infers it from input and parameters. Softmax and norms' statistics are in float32.
-      param_dtype: dtype of the parameters.
-      kernel_init: initialiser of the kernels.
-      bias_init: initialiser of the biases.
-
-    Collections:
-      The RNG stream `dropout`, when `deterministic=False` and the rate is not 0. The weights are sown as
-      `attention_weights` in `intermediates`.
-
-    Cost:
-      (4 + 2 mlp_ratio) n C^2 + 2 n^2 C multiply-accumulates for n tokens of width C.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from jaxlayers.window import TransformerBlock
-      >>> block = TransformerBlock(num_heads=2)
-      >>> jax.eval_shape(block.init_with_output, jax.random.key(0), jnp.ones((1, 5, 8)))[0].shape
-      (1, 5, 8)
-
-    Source:
-      Dosovitskiy et al., An Image is Worth 16x16 Words, ICLR 2021, equations 2 and 3.
-
-    Differs:
-      Q, K and V come from three products instead of one cut in three.
-    """
-
-    num_heads: int
-    mlp_ratio: float = 4.0
-    use_bias: bool = True
-    drop_path_rate: float = 0.0
-    norm: Callable[..., Any] = layer_norm
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    kernel_init: Initializer = truncated_normal()
-    bias_init: Initializer = zeros()
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "*batch tokens features"], *, deterministic: bool = True
-    ) -> Float[Array, "*batch tokens features"]:
-        """Apply the block.
-
-        Args:
-          x: tokens.
-          deterministic: no dropped branches.
-
-        Returns:
-          Tokens like `x`.
-
-        Raises:
-          ValueError: if there are no tokens, or a field does not fit the features.
-        """
-        if x.ndim < 2:
-            raise ValueError(f"input must be [*batch, tokens, features]; got shape {x.shape}")
-        norm = functools.partial(self.norm, dtype=self.dtype, param_dtype=self.param_dtype)
-        common: dict[str, Any] = {
-            "dtype": self.dtype,
-            "param_dtype": self.param_dtype,
-            "kernel_init": self.kernel_init,
-            "bias_init": self.bias_init,
-        }
-        drop_path = DropPath(self.drop_path_rate, batch_ndim=x.ndim - 2)
-        y = norm(name="norm1")(x)
-        y = _Attention(self.num_heads, self.use_bias, name="attention", **common)(y, y)
-        x = _constrain_tokens(x + drop_path(y, deterministic=deterministic))
-        y = FeedForward(int(x.shape[-1] * self.mlp_ratio), name="feed_forward", **common)(
-            norm(name="norm2")(x), deterministic=deterministic
-        )
-        return _constrain_tokens(x + drop_path(y, deterministic=deterministic))
 
 
 class CrossFusion(nn.Module):
@@ -239,10 +114,10 @@ class CrossFusion(nn.Module):
 
         token = project(x[..., :1, :], other.shape[-1], "project")
         joined = norm(name="joined_norm")(jnp.concatenate([token, other[..., 1:, :].astype(token.dtype)], axis=-2))
-        y = _Attention(self.num_heads, use_bias=True, name="attention", **common)(joined[..., :1, :], joined)
+        y = MultiHeadAttention(self.num_heads, use_bias=True, name="attention", **common)(joined[..., :1, :], joined)
         token = token + DropPath(self.drop_path_rate, batch_ndim=x.ndim - 2)(y, deterministic=deterministic)
         token = project(token, x.shape[-1], "revert").astype(x.dtype)
-        return _constrain_tokens(jnp.concatenate([token, x[..., 1:, :]], axis=-2))
+        return axes.constrain_tokens(jnp.concatenate([token, x[..., 1:, :]], axis=-2))
 
 
 class CrossViT(nn.Module):
@@ -444,7 +319,7 @@ class _Branch(nn.Module):
         shape = (1 + self.grid[0] * self.grid[1], self.features)
         positions = self.param("position_embedding", truncated_normal(), shape, self.param_dtype)
         x = jnp.concatenate([jnp.broadcast_to(token.astype(x.dtype), (*batch, 1, self.features)), x], axis=-2)
-        return _constrain_tokens(x + positions.astype(x.dtype))
+        return axes.constrain_tokens(x + positions.astype(x.dtype))
 
 
 # Kernel, stride and padding of the three convolutions, by the patch that they amount to.
@@ -539,23 +414,7 @@ def _grids(model: CrossViT) -> tuple[tuple[int, int], ...]:
     return first, second
 
 
-def _constrain_tokens(x: Array) -> Array:
-    names = (axes.BATCH, axes.TOKENS, axes.FEATURES)
-    return axes.constrain(x, *names[-min(x.ndim, len(names)) :])
-
-
-def _constrain_heads(x: Array) -> Array:
-    names = (axes.BATCH, axes.HEADS, None, None)
-    return axes.constrain(x, *names[-min(x.ndim, len(names)) :])
-
-
 # Parameter trees ------------------------------------------------------------------------------------------------------
-
-
-def no_decay(params: Params) -> dict[str, Any]:
-    """Return a tree of booleans, true for parameters without weight decay: all but the kernels."""
-    flat = flax.traverse_util.flatten_dict(dict(params))
-    return flax.traverse_util.unflatten_dict({path: path[-1] != "kernel" for path in flat})
 
 
 def layer_ids(params: Params, model: CrossViT) -> dict[str, Any]:
@@ -567,7 +426,7 @@ def layer_ids(params: Params, model: CrossViT) -> dict[str, Any]:
     """
     depth = max(model.depths)
 
-    def layer(path: tuple[str, ...]) -> int:
+    def layer(path: tuple[str, ...], leaf: Any) -> int:
         if path[0] in _BRANCHES:
             return 0
         if not path[0].startswith("encoders_"):
@@ -575,8 +434,7 @@ def layer_ids(params: Params, model: CrossViT) -> dict[str, Any]:
         before = depth * int(path[0].removeprefix("encoders_"))
         return before + (depth if path[1].endswith("_fusion") else 1 + int(path[1].rpartition("_")[2]))
 
-    flat = flax.traverse_util.flatten_dict(dict(params))
-    return flax.traverse_util.unflatten_dict({path: layer(path) for path in flat})
+    return label(params, layer)
 
 
 def resize(params: Params, from_model: CrossViT, to_model: CrossViT) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from jaxtyping import Array, Float
 
 from jaxlayers.core import axes, reference, remat
 from jaxlayers.core.initializers import lecun_normal, truncated_normal, zeros
+from jaxlayers.core.labels import no_decay as no_decay
+from jaxlayers.core.labels import pyramid_layer_ids
 from jaxlayers.core.pyramid import Level
 from jaxlayers.core.types import ActivationFn, Dtype, Initializer, Params
 from jaxlayers.nn.drop_path import DropPath, drop_path_rates
@@ -109,7 +111,7 @@ class ConvTokenEmbed(nn.Module):
             name="projection",
         )(_surround(x, self.kernel_size, self.stride, circular=self.circular))
         x = self.norm(dtype=self.dtype, param_dtype=self.param_dtype, name="post_norm")(x)
-        return _constrain_map(x)
+        return axes.constrain_map(x)
 
 
 class ConvProjection(nn.Module):
@@ -288,7 +290,7 @@ class ConvAttention(nn.Module):
             )(grid, deterministic=deterministic)
             local = local.reshape(*x.shape[:-2], -1, features)
             joined = jnp.concatenate([first.astype(local.dtype), local], axis=-2)
-            return _constrain_heads(split_heads(dense(name=name)(joined), self.num_heads))
+            return axes.constrain_heads(split_heads(dense(name=name)(joined), self.num_heads))
 
         def attend(module: nn.Module, query: Array, key: Array, value: Array) -> Array:
             weights = attention_weights(jnp.matmul(query * features**-0.5, jnp.swapaxes(key, -1, -2)))
@@ -296,7 +298,7 @@ class ConvAttention(nn.Module):
             return jnp.matmul(weights, value)
 
         query, key, value = project("query", 1), project("key", self.kv_stride), project("value", self.kv_stride)
-        return dense(name="out")(merge_heads(_constrain_heads(remat.attention(attend, self, query, key, value))))
+        return dense(name="out")(merge_heads(axes.constrain_heads(remat.attention(attend, self, query, key, value))))
 
 
 class CvtBlock(nn.Module):
@@ -388,11 +390,11 @@ class CvtBlock(nn.Module):
             name="attention",
             **common,
         )(norm(name="norm1")(x), size=size, deterministic=deterministic)
-        x = _constrain_tokens(x + drop_path(y, deterministic=deterministic))
+        x = axes.constrain_tokens(x + drop_path(y, deterministic=deterministic))
         y = FeedForward(
             int(x.shape[-1] * self.mlp_ratio), activation_fn=self.activation_fn, name="feed_forward", **common
         )(norm(name="norm2")(x), deterministic=deterministic)
-        return _constrain_tokens(x + drop_path(y, deterministic=deterministic))
+        return axes.constrain_tokens(x + drop_path(y, deterministic=deterministic))
 
 
 class Cvt(nn.Module):
@@ -595,7 +597,7 @@ class _Stage(nn.Module):
             block = self.block(drop_path_rate=rate, name=f"blocks_{index}")
             x = remat.remat_block(call, self.remat)(block, x)
         first, x = jnp.split(x, [int(self.class_token)], axis=-2)
-        return _constrain_map(x.reshape(grid.shape)), first if self.class_token else None
+        return axes.constrain_map(x.reshape(grid.shape)), first if self.class_token else None
 
 
 def _surround(x: Array, kernel: int, stride: int, *, circular: bool) -> Array:
@@ -611,46 +613,12 @@ def _surround(x: Array, kernel: int, stride: int, *, circular: bool) -> Array:
     return jnp.pad(x, ends, mode="wrap") if circular else jnp.pad(x, ends)
 
 
-def _constrain_map(x: Array) -> Array:
-    names = (axes.BATCH, axes.HEIGHT, axes.WIDTH, axes.FEATURES)
-    return axes.constrain(x, *names[-min(x.ndim, len(names)) :])
-
-
-def _constrain_tokens(x: Array) -> Array:
-    names = (axes.BATCH, axes.TOKENS, axes.FEATURES)
-    return axes.constrain(x, *names[-min(x.ndim, len(names)) :])
-
-
-def _constrain_heads(x: Array) -> Array:
-    names = (axes.BATCH, axes.HEADS, None, None)
-    return axes.constrain(x, *names[-min(x.ndim, len(names)) :])
-
-
 # Parameter trees ------------------------------------------------------------------------------------------------------
 
 
-def no_decay(params: Params) -> dict[str, Any]:
-    """Return a tree of booleans, true for parameters without weight decay: biases, norms and the class token."""
-    flat = flax.traverse_util.flatten_dict(dict(params))
-    return flax.traverse_util.unflatten_dict({path: path[-1] != "kernel" for path in flat})
-
-
 def layer_ids(params: Params, model: Cvt) -> dict[str, Any]:
-    """Return a tree of the layer that each parameter belongs to, for layer-wise learning rates.
-
-    The first embedding is layer 0, block k of the whole model layer k + 1, an embedding (and the class token) belongs
-    to the block before it, and final norm and head are layer `sum(depths) + 1`: with decay r the rate is scaled by r to
-    the power of `sum(depths) + 1 - id`.
-    """
-
-    def layer(path: tuple[str, ...]) -> int:
-        if not path[0].startswith("stages_"):
-            return sum(model.depths) + 1
-        before = sum(model.depths[: int(path[0].removeprefix("stages_"))])
-        return before + 1 + int(path[1].removeprefix("blocks_")) if path[1].startswith("blocks_") else before
-
-    flat = flax.traverse_util.flatten_dict(dict(params))
-    return flax.traverse_util.unflatten_dict({path: layer(path) for path in flat})
+    """Return a tree of the layer that each parameter belongs to, see `pyramid_layer_ids`."""
+    return pyramid_layer_ids(params, model.depths)
 
 
 # Reference checkpoints ------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +12,8 @@ from jaxtyping import Array, Float
 
 from jaxlayers.core import axes, reference
 from jaxlayers.core.initializers import truncated_normal, zeros
+from jaxlayers.core.labels import no_decay as no_decay
+from jaxlayers.core.labels import pyramid_layer_ids
 from jaxlayers.core.pyramid import Level
 from jaxlayers.core.remat import remat_block
 from jaxlayers.core.types import Dtype, Initializer, Params
@@ -25,7 +26,6 @@ from jaxlayers.ops.patches import split_shape
 # for each feature.
 map_norm = functools.partial(nn.LayerNorm, epsilon=1e-5, reduction_axes=(-3, -2, -1))
 
-_AXES = (axes.BATCH, axes.HEIGHT, axes.WIDTH, axes.FEATURES)
 # The axis and the direction that each of the four moved groups takes, in their order: left, right, up, down.
 _MOVES = ((-2, -1), (-2, 1), (-3, -1), (-3, 1))
 
@@ -156,7 +156,7 @@ class ShiftViTBlock(nn.Module):
             name="feed_forward",
         )(y, deterministic=deterministic)
         y = DropPath(self.drop_path_rate, batch_ndim=len(batch))(y, deterministic=deterministic)
-        return _constrain(x + y)
+        return axes.constrain_map(x + y)
 
 
 class ShiftViT(nn.Module):
@@ -301,7 +301,7 @@ class ShiftViT(nn.Module):
           One level a stage, of stride `patch_size * 2**stage`.
         """
         split_shape(x.shape, 2)
-        x = _constrain(self.dropout(self.patch_embed(x), deterministic=deterministic))
+        x = axes.constrain_map(self.dropout(self.patch_embed(x), deterministic=deterministic))
         levels = []
         for index, stage in enumerate(self.stages):
             x = stage(x, deterministic=deterministic)
@@ -329,7 +329,7 @@ class _Stage(nn.Module):
     @nn.compact
     def __call__(self, x: Array, *, deterministic: bool) -> Array:
         if self.norm is not None and self.reduce is not None:
-            x = _constrain(self.reduce(name="downsample")(self.norm(name="pre_norm")(x)))
+            x = axes.constrain_map(self.reduce(name="downsample")(self.norm(name="pre_norm")(x)))
 
         def call(block: nn.Module, x: Array) -> Array:
             return block(x, deterministic=deterministic)
@@ -339,44 +339,12 @@ class _Stage(nn.Module):
         return x
 
 
-def _constrain(x: Array) -> Array:
-    return axes.constrain(x, *_AXES[-min(x.ndim, len(_AXES)) :])
-
-
 # Parameter trees ------------------------------------------------------------------------------------------------------
 
 
-def no_decay(params: Params) -> dict[str, Any]:
-    """Return a tree of booleans, true for parameters without weight decay: all but the kernels."""
-    flat = flax.traverse_util.flatten_dict(dict(params))
-    return flax.traverse_util.unflatten_dict({path: path[-1] != "kernel" for path in flat})
-
-
 def layer_ids(params: Params, model: ShiftViT) -> dict[str, Any]:
-    """Return a tree of the layer that each parameter belongs to, for layer-wise learning rates.
-
-    The patch embedding is layer 0, block k of the whole model layer k + 1, a downsampling belongs to the block before
-    it, and final norm and head are layer `sum(depths) + 1`: with decay r the rate is scaled by r to the power of
-    `sum(depths) + 1 - id`.
-
-    Args:
-      params: parameters of `model`.
-      model: the model, for its depths.
-
-    Returns:
-      Integers.
-    """
-
-    def layer(path: tuple[str, ...]) -> int:
-        if path[0] == "patch_embed":
-            return 0
-        if not path[0].startswith("stages_"):
-            return sum(model.depths) + 1
-        before = sum(model.depths[: int(path[0].removeprefix("stages_"))])
-        return before + 1 + int(path[1].removeprefix("blocks_")) if path[1].startswith("blocks_") else before
-
-    flat = flax.traverse_util.flatten_dict(dict(params))
-    return flax.traverse_util.unflatten_dict({path: layer(path) for path in flat})
+    """Return a tree of the layer that each parameter belongs to, see `pyramid_layer_ids`."""
+    return pyramid_layer_ids(params, model.depths)
 
 
 # Reference checkpoints ------------------------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ from jaxtyping import Array, Bool, Float
 from jaxlayers.core import axes, remat
 from jaxlayers.core.dtypes import at_least_float32
 from jaxlayers.core.initializers import truncated_normal, zeros
+from jaxlayers.core.labels import no_decay as no_decay
+from jaxlayers.core.labels import pyramid_layer_ids
 from jaxlayers.core.pyramid import Level
 from jaxlayers.core.types import Dtype, Initializer, Params, PRNGKey
 from jaxlayers.nn.drop_path import DropPath, drop_path_rates
@@ -44,7 +46,6 @@ layer_norm = functools.partial(nn.LayerNorm, epsilon=1e-5)
 # One pair (height, width), the same along each axis, or one pair a stage.
 WindowSize = int | tuple[int, ...] | tuple[tuple[int, int], ...]
 
-_SPACE = {1: (axes.TOKENS,), 2: (axes.HEIGHT, axes.WIDTH), 3: (axes.DEPTH, axes.HEIGHT, axes.WIDTH)}
 _TABLE = "relative_position_bias_table"
 
 
@@ -141,7 +142,7 @@ class WindowAttention(nn.Module):
             bias_init=self.bias_init,
         )
         query, key, value = (
-            _constrain_heads(split_heads(dense(use_bias=self.use_bias, name=name)(x), self.num_heads))
+            axes.constrain_heads(split_heads(dense(use_bias=self.use_bias, name=name)(x), self.num_heads), axes.WINDOWS)
             for name in ("query", "key", "value")
         )
         rows = math.prod(2 * length - 1 for length in self.window_size)
@@ -160,7 +161,9 @@ class WindowAttention(nn.Module):
             weights = nn.Dropout(self.attention_dropout_rate)(weights, deterministic=deterministic)
             return jnp.matmul(weights, value)
 
-        context = merge_heads(_constrain_heads(remat.attention(attend, self, query, key, value, bias)))
+        context = merge_heads(
+            axes.constrain_heads(remat.attention(attend, self, query, key, value, bias), axes.WINDOWS)
+        )
         return dense(name="out")(context)
 
 
@@ -254,7 +257,7 @@ class SwinBlock(nn.Module):
         full_shift = (
             (self.shift_size,) * len(full_window) if isinstance(self.shift_size, int) else tuple(self.shift_size)
         )
-        if len(full_window) not in _SPACE or len(full_shift) != len(full_window):
+        if len(full_window) not in axes.SPACE or len(full_shift) != len(full_window):
             raise ValueError(
                 f"window_size={self.window_size} and shift_size={self.shift_size} must name 1 to 3 axes, equally many; "
                 "set both"
@@ -287,13 +290,13 @@ class SwinBlock(nn.Module):
         )
         y = crop(unshift(merge_windows(y, window, padded), amount), size)
         y = nn.Dropout(self.dropout_rate)(y, deterministic=deterministic)
-        x = _constrain(x + drop_path(y, drop_path_rate, deterministic=deterministic), len(full_window))
+        x = axes.constrain_map(x + drop_path(y, drop_path_rate, deterministic=deterministic), len(full_window))
 
         y = FeedForward(int(features * self.mlp_ratio), dropout_rate=self.dropout_rate, name="feed_forward", **common)(
             norm(name="norm2")(x), deterministic=deterministic
         )
         x = x + drop_path(y, drop_path_rate, deterministic=deterministic)
-        return _constrain(x, len(full_window))
+        return axes.constrain_map(x, len(full_window))
 
 
 class PatchMerging(nn.Module):
@@ -363,7 +366,7 @@ class PatchMerging(nn.Module):
             kernel_init=self.kernel_init,
             name="reduction",
         )(x)
-        return _constrain(x, 2)
+        return axes.constrain_map(x, 2)
 
 
 class Swin(nn.Module):
@@ -526,7 +529,7 @@ class Swin(nn.Module):
         x = self.patch_embed(x)
         if replace_tokens is not None:
             x = replace_tokens(x)
-        x = _constrain(self.dropout(x, deterministic=deterministic), 2)
+        x = axes.constrain_map(self.dropout(x, deterministic=deterministic), 2)
         levels = []
         for index, stage in enumerate(self.stages):
             x = stage(x, deterministic=deterministic)
@@ -598,16 +601,6 @@ def _call_block(
     return remat.remat_block(call, policy, in_loop=in_loop)(block, x, rate)
 
 
-def _constrain(x: Array, rank: int) -> Array:
-    names = (axes.BATCH, *_SPACE[rank], axes.FEATURES)
-    return axes.constrain(x, *names[-min(x.ndim, len(names)) :])
-
-
-def _constrain_heads(x: Array) -> Array:
-    names = (axes.BATCH, axes.WINDOWS, axes.HEADS, None, None)
-    return axes.constrain(x, *names[-min(x.ndim, len(names)) :])
-
-
 def _pair(size: int | tuple[int, ...]) -> tuple[int, int]:
     pair = (size, size) if isinstance(size, int) else tuple(size)
     if len(pair) != 2:
@@ -630,42 +623,9 @@ def _stage_windows(window_size: WindowSize, num_stages: int) -> tuple[tuple[int,
 # Parameter trees ------------------------------------------------------------------------------------------------------
 
 
-def no_decay(params: Params) -> dict[str, Any]:
-    """Return a tree of booleans, true for parameters without weight decay: biases, norms and the relative tables."""
-    flat = flax.traverse_util.flatten_dict(dict(params))
-    return flax.traverse_util.unflatten_dict({path: path[-1] != "kernel" for path in flat})
-
-
 def layer_ids(params: Params, model: Swin) -> dict[str, Any]:
-    """Return a tree of the layer that each parameter belongs to, for layer-wise learning rates.
-
-    The patch embedding is layer 0, block k of the whole model layer k + 1, a merging belongs to the block before it,
-    and final norm and head are layer `sum(depths) + 1`: with decay r the rate is scaled by r to the power of
-    `sum(depths) + 1 - id`.
-
-    Args:
-      params: parameters of `model`.
-      model: the model, for its depths.
-
-    Returns:
-      Integers; for parameters stacked by `scan`, an integer array that broadcasts against them.
-    """
-
-    def layer(path: tuple[str, ...], leaf: Any) -> int | np.ndarray:
-        if path[0] == "patch_embed":
-            return 0
-        if not path[0].startswith("stages_"):
-            return sum(model.depths) + 1
-        before = sum(model.depths[: int(path[0].removeprefix("stages_"))])
-        if path[1] == "merge":
-            return before
-        if path[1] == "pairs":
-            ids = before + 1 + 2 * np.arange(leaf.shape[0]) + (path[2] == "shifted")
-            return ids.reshape(-1, *(1,) * (leaf.ndim - 1))
-        return before + 1 + int(path[1].removeprefix("blocks_"))
-
-    flat = flax.traverse_util.flatten_dict(dict(params))
-    return flax.traverse_util.unflatten_dict({path: layer(path, leaf) for path, leaf in flat.items()})
+    """Return a tree of the layer that each parameter belongs to, see `pyramid_layer_ids`."""
+    return pyramid_layer_ids(params, model.depths)
 
 
 def stack(params: Params) -> dict[str, Any]:

@@ -11,14 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.linen.initializers import constant
 from jaxtyping import Array, Bool, Float
 
-from jaxlayers.core import axes, reference, remat
+from jaxlayers.core import axes, labels, reference, remat
 from jaxlayers.core.dtypes import at_least_float32
 from jaxlayers.core.initializers import truncated_normal, zeros
 from jaxlayers.core.pyramid import Level
@@ -246,7 +245,7 @@ class CosineWindowAttention(nn.Module):
         }
         dense = functools.partial(nn.Dense, features, dtype=self.dtype, **init)
         query, key, value = (
-            swin._constrain_heads(split_heads(dense(use_bias=with_bias, name=name)(x), self.num_heads))
+            axes.constrain_heads(split_heads(dense(use_bias=with_bias, name=name)(x), self.num_heads), axes.WINDOWS)
             for name, with_bias in (("query", self.use_bias), ("key", False), ("value", self.use_bias))
         )
         wide = at_least_float32(query.dtype)
@@ -271,7 +270,7 @@ class CosineWindowAttention(nn.Module):
             return jnp.matmul(weights, value)
 
         context = remat.attention(attend, self, query, key, value, bias, scale)
-        return dense(name="out")(merge_heads(swin._constrain_heads(context)))
+        return dense(name="out")(merge_heads(axes.constrain_heads(context, axes.WINDOWS)))
 
 
 class SwinV2Block(nn.Module):
@@ -372,7 +371,7 @@ class SwinV2Block(nn.Module):
         full_shift, pretrained = (
             (size,) * rank if isinstance(size, int) else size for size in (self.shift_size, self.pretrained_window_size)
         )
-        if rank not in swin._SPACE or any(size is not None and len(size) != rank for size in (full_shift, pretrained)):
+        if rank not in axes.SPACE or any(size is not None and len(size) != rank for size in (full_shift, pretrained)):
             raise ValueError(
                 f"window_size={self.window_size}, shift_size={self.shift_size} and pretrained_window_size="
                 f"{self.pretrained_window_size} must name 1 to 3 axes, equally many; set them"
@@ -401,13 +400,13 @@ class SwinV2Block(nn.Module):
         )(partition_windows(y, window), None if mask is None else jnp.asarray(mask), deterministic=deterministic)
         y = crop(unshift(merge_windows(y, window, padded), amount), size)
         y = norm(name="norm1")(nn.Dropout(self.dropout_rate)(y, deterministic=deterministic))
-        x = swin._constrain(x + drop_path(y, drop_path_rate, deterministic=deterministic), rank)
+        x = axes.constrain_map(x + drop_path(y, drop_path_rate, deterministic=deterministic), rank)
 
         y = FeedForward(int(features * self.mlp_ratio), dropout_rate=self.dropout_rate, name="feed_forward", **common)(
             x, deterministic=deterministic
         )
         x = x + drop_path(norm(name="norm2")(y), drop_path_rate, deterministic=deterministic)
-        return swin._constrain(x, rank)
+        return axes.constrain_map(x, rank)
 
 
 class PatchMergingV2(nn.Module):
@@ -476,7 +475,7 @@ class PatchMergingV2(nn.Module):
             kernel_init=self.kernel_init,
             name="reduction",
         )(x)
-        return swin._constrain(self.norm(dtype=self.dtype, param_dtype=self.param_dtype, name="post_norm")(x), 2)
+        return axes.constrain_map(self.norm(dtype=self.dtype, param_dtype=self.param_dtype, name="post_norm")(x), 2)
 
 
 class SwinV2(nn.Module):
@@ -652,7 +651,7 @@ class SwinV2(nn.Module):
         x = self.patch_embed(x)
         if replace_tokens is not None:
             x = replace_tokens(x)
-        x = swin._constrain(self.dropout(x, deterministic=deterministic), 2)
+        x = axes.constrain_map(self.dropout(x, deterministic=deterministic), 2)
         levels = []
         for index, stage in enumerate(self.stages):
             x = stage(x, deterministic=deterministic)
@@ -681,13 +680,12 @@ def no_decay(params: Params) -> dict[str, Any]:
 
     They are biases, norms, the scales of the cosines and all of the position biases' networks.
     """
-    flat = flax.traverse_util.flatten_dict(dict(params))
-    return flax.traverse_util.unflatten_dict({path: path[-1] != "kernel" or "position_bias" in path for path in flat})
+    return labels.label(params, lambda path, leaf: path[-1] != "kernel" or "position_bias" in path)
 
 
 def layer_ids(params: Params, model: SwinV2) -> dict[str, Any]:
-    """Return a tree of the layer that each parameter belongs to, counted as `swin.layer_ids` does."""
-    return swin.layer_ids(params, swin.Swin(depths=model.depths))
+    """Return a tree of the layer that each parameter belongs to, see `core.labels.pyramid_layer_ids`."""
+    return labels.pyramid_layer_ids(params, model.depths)
 
 
 # Reference checkpoints ------------------------------------------------------------------------------------------------

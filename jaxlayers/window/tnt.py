@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,12 +12,14 @@ from jaxtyping import Array, Float
 
 from jaxlayers.core import axes, reference, remat
 from jaxlayers.core.initializers import lecun_normal, truncated_normal, zeros
+from jaxlayers.core.labels import label
+from jaxlayers.core.labels import no_decay as no_decay
 from jaxlayers.core.pyramid import Level
 from jaxlayers.core.types import Dtype, Initializer, Params
 from jaxlayers.nn.drop_path import drop_path_rates
+from jaxlayers.nn.transformer_block import TransformerBlock
 from jaxlayers.ops.patches import pad_to_multiple, split_shape, to_blocks
 from jaxlayers.ops.resample import resample
-from jaxlayers.window.crossvit import TransformerBlock
 
 layer_norm = functools.partial(nn.LayerNorm, epsilon=1e-5)
 
@@ -311,7 +312,8 @@ class TNT(nn.Module):
         def call(block: nn.Module, words: Array, patches: Array) -> tuple[Array, Array]:
             return block(words, patches, deterministic=deterministic)
 
-        words, patches = _constrain(words, None, None), _constrain(patches, None)
+        words = axes.constrain_last(words, axes.BATCH, axes.TOKENS, None, None)
+        patches = axes.constrain_tokens(patches)
         for block in self.blocks:
             words, patches = remat.remat_block(call, self.remat)(block, words, patches)
         return words, patches
@@ -332,11 +334,6 @@ def _flatten(words: Array) -> Array:
     return words.reshape(*words.shape[:-2], -1)
 
 
-def _constrain(x: Array, *inner: None) -> Array:
-    names = (axes.BATCH, axes.TOKENS, *inner)
-    return axes.constrain(x, *names[-min(x.ndim, len(names)) :])
-
-
 def _image_size(model: TNT) -> tuple[int, int]:
     size = (model.image_size,) * 2 if isinstance(model.image_size, int) else tuple(model.image_size)
     if len(size) != 2 or min(size) < 1:
@@ -353,25 +350,18 @@ def _grid(model: TNT) -> tuple[int, int]:
 # Parameter trees ------------------------------------------------------------------------------------------------------
 
 
-def no_decay(params: Params) -> dict[str, Any]:
-    """Return a tree of booleans, true for parameters without weight decay: all but the kernels."""
-    flat = flax.traverse_util.flatten_dict(dict(params))
-    return flax.traverse_util.unflatten_dict({path: path[-1] != "kernel" for path in flat})
-
-
 def layer_ids(params: Params, model: TNT) -> dict[str, Any]:
     """Return a tree of the layer that each parameter belongs to, for layer-wise learning rates.
 
     Embedding, positions and class token are layer 0, block k is layer k + 1, final norm and head are `depth` + 1.
     """
 
-    def layer(path: tuple[str, ...]) -> int:
+    def layer(path: tuple[str, ...], leaf: Any) -> int:
         if path[0].startswith("blocks_"):
             return 1 + int(path[0].removeprefix("blocks_"))
         return model.depth + 1 if path[0] in ("final_norm", "head") else 0
 
-    flat = flax.traverse_util.flatten_dict(dict(params))
-    return flax.traverse_util.unflatten_dict({path: layer(path) for path in flat})
+    return label(params, layer)
 
 
 def resize(params: Params, from_model: TNT, to_model: TNT) -> dict[str, Any]:

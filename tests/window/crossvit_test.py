@@ -11,10 +11,11 @@ import pytest
 
 from jaxlayers import summarize
 from jaxlayers.core.reference import reference_name
+from jaxlayers.nn.transformer_block import TransformerBlock
 from jaxlayers.ops.resample import resample
 from jaxlayers.summary import count_macs
-from jaxlayers.testing import BadInput, Case, Symmetric, Symmetry
-from jaxlayers.window import CrossFusion, CrossViT, TransformerBlock, crossvit
+from jaxlayers.testing import BadInput, Case
+from jaxlayers.window import CrossFusion, CrossViT, crossvit
 
 KEY_BIAS = {"key/bias$": "it adds one number to all logits of a query, which the softmax takes out"}
 TINY = CrossViT(
@@ -31,23 +32,6 @@ TINY = CrossViT(
 )
 
 CASES = (
-    Case(
-        name="transformer_block",
-        module=TransformerBlock(num_heads=2, mlp_ratio=2.0),
-        inputs=lambda rng: (rng.normal(size=(2, 5, 8)),),
-        leading_axes=True,
-        zero_gradients=KEY_BIAS,
-        symmetries=(
-            Symmetry(
-                Symmetric(5), ("set",), output="set", control=lambda x: x * jnp.arange(5.0, dtype=x.dtype)[:, None]
-            ),
-        ),
-        bad_inputs=(
-            BadInput(match="features=8 must be divisible by num_heads=3", module=TransformerBlock(3)),
-            BadInput(match=r"input must be \[\*batch, tokens, features\]", inputs=lambda rng: (np.ones(8),)),
-            BadInput(match=r"rate=-0.1 must lie in \[0, 1\)", module=TransformerBlock(2, drop_path_rate=-0.1)),
-        ),
-    ),
     Case(
         name="cross_fusion",
         module=CrossFusion(num_heads=3),
@@ -494,5 +478,5 @@ def test_reference_checkpoints_that_do_not_fit_are_refused(tiny):
 
 def test_own_fields_stay_few():
     others = {"parent", "name", "dtype", "param_dtype", "kernel_init", "bias_init"}
-    for cls in (CrossViT, CrossFusion, TransformerBlock):
+    for cls in (CrossViT, CrossFusion):
         assert len({field.name for field in dataclasses.fields(cls)} - others) <= 13

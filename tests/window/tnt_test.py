@@ -11,8 +11,9 @@ import pytest
 
 from jaxlayers import summarize
 from jaxlayers.core.reference import reference_name
+from jaxlayers.nn.transformer_block import TransformerBlock
 from jaxlayers.testing import BadInput, Case
-from jaxlayers.window import TNT, TNTBlock, TransformerBlock, tnt
+from jaxlayers.window import TNT, TNTBlock, tnt
 
 TINY = TNT(
     num_classes=3,
