@@ -6,6 +6,8 @@ Expected: every check passed; a report of what was done how often. Half an hour 
 
 A small window transformer is trained on handwritten digits by `python -m train` in processes of its own, on virtual
 CPU devices. "Same bits" compares every array of the last checkpoint, read by Orbax alone, and every logged loss.
+
+Longer than most files: a command that stands alone, with one section for each kind of harm and one for the report.
 """
 
 import argparse

@@ -3,6 +3,8 @@
 A record transform is a frozen dataclass `(record, generator) -> record`: it pickles, and its fields are part of the
 data's fingerprint. It changes one entry, `key`, and leaves the others alone. Images are uint8 `[height, width, 1 or 3]`
 until `Normalize` makes them float32. A batch transform is `(batch, key) -> batch` with a JAX key.
+
+Longer than most files: one small class an operation, which share their helpers for pixels, and two dozen of them.
 """
 
 import dataclasses

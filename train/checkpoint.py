@@ -1,4 +1,8 @@
-"""Checkpoints that are atomic, verified on restore, and readable on any mesh."""
+"""Checkpoints that are atomic, verified on restore, and readable on any mesh.
+
+Longer than most files: what is written (digests, manifest, data positions) and what a restore checks and says of each
+kind of damage are two sides of one format, and are changed together.
+"""
 
 import concurrent.futures
 import contextlib

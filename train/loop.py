@@ -291,6 +291,7 @@ def begin(
         there.
     """
     config, first = plan.config, jax.process_index() == 0
+    progress.check_wandb(wandb)
     refused = None
     if first:
         workdir.mkdir(parents=True, exist_ok=True)

@@ -304,11 +304,22 @@ def git_revision(folder: Path) -> str:
         return "none"
 
 
+def check_wandb(project: str | None) -> None:
+    """Raise where the package is missing; every process asks, so that none waits for one that has stopped.
+
+    Raises:
+      ValueError: if a project is named and the package cannot be imported.
+    """
+    if project is not None:
+        try:
+            importlib.import_module("wandb")
+        except ImportError:
+            raise ValueError(f"--wandb {project} needs the package wandb; install it: pip install wandb") from None
+
+
 def _wandb_run(project: str, folder: Path) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise ValueError(f"--wandb {project} needs the package wandb; install it: pip install wandb") from None
+    import wandb
+
     # The folder's path names the run, so that a resumed run goes on in the same one.
     identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     return wandb.init(project=project, name=folder.name, id=identity, resume="allow", dir=str(folder))
