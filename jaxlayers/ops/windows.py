@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
-from jaxlayers.ops.patches import from_blocks, to_blocks
+from jaxlayers.ops.patches import from_blocks, split_shape, to_blocks
 
 
 def partition_windows(
@@ -169,3 +169,67 @@ def relative_position_bias(
     if table.shape[0] != rows:
         raise ValueError(f"a table of shape {table.shape} must have {rows} rows for its window; use resize")
     return jnp.moveaxis(jnp.take(table, relative_position_index(window, table_window), axis=0), -1, 0)
+
+
+def partition_grid(
+    x: Shaped[Array, "*axes features"], grid: Sequence[int]
+) -> Shaped[Array, "*batch groups tokens features"]:
+    """Deal the entries of a map `[*batch, *size, features]` out to groups that are spread over all of it.
+
+    Each axis is cut into `grid` equal cells; a group holds the entries at one place of every cell, that is, those that
+    are congruent modulo `size / grid` (a dilated window). Groups are in the order of the places in a cell, tokens in
+    that of the cells, both row-major.
+
+    Args:
+      x: array whose last axes are the `len(grid)` spatial ones and the features.
+      grid: number of cells along each axis.
+
+    Returns:
+      `[*batch, prod(size / grid), prod(grid), features]`.
+
+    Raises:
+      ValueError: if `x` has too few axes or a spatial axis does not divide by the grid.
+    """
+    batch, size, features = split_shape(x.shape, len(grid))
+    if any(cells < 1 or length % cells for length, cells in zip(size, grid, strict=True)):
+        raise ValueError(f"spatial size {size} must be divisible by the grid {tuple(grid)}; pad the input first")
+    cell = [length // cells for length, cells in zip(size, grid, strict=True)]
+    groups = _exchange(to_blocks(x, cell), len(batch), len(grid))
+    return groups.reshape(*batch, math.prod(cell), math.prod(grid), features)
+
+
+def merge_grid(
+    groups: Shaped[Array, "*batch groups tokens features"], grid: Sequence[int], size: Sequence[int]
+) -> Shaped[Array, "*axes features"]:
+    """Return the inverse of `partition_grid` for an array of spatial size `size`."""
+    cell = [length // cells for length, cells in zip(size, grid, strict=True)]
+    *batch, _, _, features = groups.shape
+    return from_blocks(_exchange(groups.reshape(*batch, *cell, *grid, features), len(batch), len(grid)), len(grid))
+
+
+def _exchange(x: Array, first: int, rank: int) -> Array:
+    """Put the `rank` axes from `first` on behind the `rank` axes that follow them."""
+    return jnp.moveaxis(x, range(first, first + rank), range(first + rank, first + 2 * rank))
+
+
+def grid_mask(size: Sequence[int], grid: Sequence[int]) -> np.ndarray | None:
+    """Return which tokens of each group of a padded map may attend to which, or `None` if all may.
+
+    Args:
+      size: spatial size of the map before padding at its ends to a multiple of the grid.
+      grid: number of cells along each axis.
+
+    Returns:
+      Booleans `[groups, queries, keys]`. No true token may attend to padding; padding attends to padding, so that no
+      row is empty.
+    """
+    padded = [-(-length // cells) * cells for length, cells in zip(size, grid, strict=True)]
+    real = np.zeros(padded, bool)
+    real[tuple(map(slice, size))] = True
+    rank = len(padded)
+    cut = real.reshape(
+        [part for whole, cells in zip(padded, grid, strict=True) for part in (cells, whole // cells)]
+    ).transpose([*range(1, 2 * rank, 2), *range(0, 2 * rank, 2)])
+    label = cut.reshape(-1, math.prod(grid))
+    mask = label[:, :, None] == label[:, None, :]
+    return None if mask.all() else mask

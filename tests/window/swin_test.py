@@ -189,15 +189,16 @@ def roll_then_pad(params, x, *, num_heads, window, shift):
     """The wrong order, as a control: the map is rolled first and padded after, with the usual mask."""
     size = x.shape[1:-1]
     y = nn.LayerNorm(epsilon=1e-5).apply({"params": params["norm1"]}, x)
-    y = jnp.roll(y, [-by for by in shift], (1, 2))
+    space = tuple(range(1, x.ndim - 1))
+    y = jnp.roll(y, [-by for by in shift], space)
     ends = [(0, -length % step) for length, step in zip(size, window, strict=True)]
     y = jnp.pad(y, [(0, 0), *ends, (0, 0)])
     attention = WindowAttention(num_heads, window_size=window)
     windows = attention.apply(
         {"params": params["attention"]}, partition_windows(y, window), jnp.asarray(shift_mask(size, window, shift))
     )
-    y = merge_windows(windows, window, y.shape[1:-1])[:, : size[0], : size[1]]
-    return x + jnp.roll(y, shift, (1, 2))
+    y = merge_windows(windows, window, y.shape[1:-1])[:, *(slice(length) for length in size)]
+    return x + jnp.roll(y, shift, space)
 
 
 def who_hears_whom(apply, size, features):
@@ -212,21 +213,21 @@ def who_hears_whom(apply, size, features):
     return np.any(out[:-1] != out[-1], axis=-1)
 
 
-@pytest.mark.parametrize("size", [(8, 8), (10, 7), (9, 11), (5, 6)])
+@pytest.mark.parametrize("size", [(8, 8), (10, 7), (9, 11), (5, 6), (3, 4, 7), (5, 7, 4)], ids=str)
 def test_shifted_window_never_mixes_wrapped_regions_and_reaches_all_its_own(size):
-    window, shift = (4, 4), (2, 2)
-    block = SwinBlock(num_heads=1, window_size=4, shift_size=2, mlp_ratio=1.0)
+    window, shift = ((4, 4), (2, 2)) if len(size) == 2 else ((2, 3, 3), (1, 2, 1))
+    block = SwinBlock(num_heads=1, window_size=window, shift_size=shift, mlp_ratio=1.0)
     with jax.enable_x64(True):
         params = random_params(block, jnp.ones((1, *size, 4)), dtype=np.float64)
         hears = who_hears_whom(jax.jit(lambda x: block.apply({"params": params}, x)), size, 4)
         leaky = functools.partial(roll_then_pad, params, num_heads=1, window=window, shift=shift)
         leaks = who_hears_whom(jax.jit(leaky), size, 4)
-    group = groups(size, window, shift)[: size[0], : size[1]].reshape(-1, 2)
+    group = groups(size, window, shift)[tuple(slice(length) for length in size)].reshape(-1, len(size))
     same = (group[:, None] == group[None]).all(-1)
     assert not np.any(hears & ~same), "a token outside the window is heard"
     assert np.all(hears[same]), "a token inside the window is not heard"
     # Negative control: the probe sees the leak of the wrong order, wherever padding is at work.
-    assert np.any(leaks & ~same) == any(length % 4 for length in size)
+    assert np.any(leaks & ~same) == any(length % step for length, step in zip(size, window, strict=True))
 
 
 def test_unshifted_block_commutes_with_translations_by_whole_windows():
