@@ -57,7 +57,7 @@ test-tpu: $(VENV)-tpu/.ready
 	ALLOW_MULTIPLE_LIBTPU_LOAD=1 $(VENV)-tpu/bin/python -m pytest -m tpu tests/conformance_test.py tests/train/recompute_test.py
 
 parity: $(VENV)/.parity
-	$(CPU) $(BIN)/python -m pytest tests/parity
+	$(CPU) $(BIN)/python -m pytest tests/parity -n $(WORKERS) --dist loadfile
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

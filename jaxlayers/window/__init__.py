@@ -7,6 +7,15 @@ from jaxlayers.window.cvt import ConvProjection as ConvProjection
 from jaxlayers.window.cvt import ConvTokenEmbed as ConvTokenEmbed
 from jaxlayers.window.cvt import Cvt as Cvt
 from jaxlayers.window.cvt import CvtBlock as CvtBlock
+from jaxlayers.window.hiera import Hiera as Hiera
+from jaxlayers.window.hiera import HieraBlock as HieraBlock
+from jaxlayers.window.hiera import HieraEmbed as HieraEmbed
+from jaxlayers.window.hiera import HieraStage as HieraStage
+from jaxlayers.window.hiera import MaskUnitAttention as MaskUnitAttention
+from jaxlayers.window.maxvit import MaxViT as MaxViT
+from jaxlayers.window.maxvit import MaxViTBlock as MaxViTBlock
+from jaxlayers.window.maxvit import MBConv as MBConv
+from jaxlayers.window.maxvit import PartitionAttention as PartitionAttention
 from jaxlayers.window.shiftvit import ShiftViT as ShiftViT
 from jaxlayers.window.shiftvit import ShiftViTBlock as ShiftViTBlock
 from jaxlayers.window.simmim import SimMIM as SimMIM
@@ -21,3 +30,4 @@ from jaxlayers.window.swin_v2 import SwinV2 as SwinV2
 from jaxlayers.window.swin_v2 import SwinV2Block as SwinV2Block
 from jaxlayers.window.tnt import TNT as TNT
 from jaxlayers.window.tnt import TNTBlock as TNTBlock
+from jaxlayers.window.turbovit import TurboViT as TurboViT
