@@ -4,7 +4,8 @@ Layers say *what* an axis is; `train/mesh.py` says where it goes on the device m
 """
 
 import math
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import TypeVar
 
 import flax.linen as nn
 import jax
@@ -49,37 +50,60 @@ def constrain(x: _A, *names: str | None) -> _A:
     Raises:
       ValueError: on an unknown name, or more names than axes.
     """
-    unknown = [name for name in names if name is not None and name not in NAMES]
-    if unknown:
-        raise ValueError(f"logical axis {unknown[0]!r} is unknown; use one of {sorted(NAMES)}")
-    if len(names) > x.ndim:
-        raise ValueError(f"{len(names)} axis names {names} need an array of at least that rank; got shape {x.shape}")
-    mesh = jax.sharding.get_abstract_mesh()
-    if not nn.get_logical_axis_rules() or mesh.empty:
+    found = split(x.shape, *names)
+    if not nn.get_logical_axis_rules() or jax.sharding.get_abstract_mesh().empty:
         return x
-    open_axes = x.ndim - len(names)
-    spec = nn.logical_to_mesh_axes(names) or ()
-    entries = (_dividing(entry, size, mesh) for entry, size in zip(spec, x.shape[open_axes:], strict=True))
-    leading = (jax.sharding.PartitionSpec.UNCONSTRAINED,) * open_axes
+    entries = (entry if len(entry) > 1 else next(iter(entry), None) for entry in found)
+    leading = (jax.sharding.PartitionSpec.UNCONSTRAINED,) * (x.ndim - len(names))
     return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(*leading, *entries))
 
 
-def _dividing(entry: str | tuple[str, ...] | None, size: int, mesh: jax.sharding.AbstractMesh) -> Any:
-    """Return the first of the mesh axes of one array axis, as many as divide its size; `None` if none does."""
-    mesh_axes = (entry,) if isinstance(entry, str) else entry or ()
+def split(shape: Sequence[int], *names: str | None) -> tuple[tuple[str, ...], ...]:
+    """Return the mesh axes that `constrain` splits each named axis of an array of that shape over; `()` for none.
+
+    Raises:
+      ValueError: on an unknown name, or more names than axes.
+    """
+    unknown = [name for name in names if name is not None and name not in NAMES]
+    if unknown:
+        raise ValueError(f"logical axis {unknown[0]!r} is unknown; use one of {sorted(NAMES)}")
+    if len(names) > len(shape):
+        raise ValueError(
+            f"{len(names)} axis names {names} need an array of at least that rank; got shape {tuple(shape)}"
+        )
+    mesh = jax.sharding.get_abstract_mesh()
+    if not nn.get_logical_axis_rules() or mesh.empty:
+        return ((),) * len(names)
+    spec = nn.logical_to_mesh_axes(names) or ()
+    sizes = shape[len(shape) - len(names) :]
+    return tuple(_dividing(entry, size, mesh) for entry, size in zip(spec, sizes, strict=True))
+
+
+def _dividing(entry: str | tuple[str, ...] | None, size: int, mesh: jax.sharding.AbstractMesh) -> tuple[str, ...]:
+    """Return the first of the mesh axes of one array axis, as many as divide its size."""
+    mesh_axes = (entry,) if isinstance(entry, str) else tuple(entry or ())
     while mesh_axes and size % math.prod(mesh.shape[axis] for axis in mesh_axes):
         mesh_axes = mesh_axes[:-1]
-    return mesh_axes if len(mesh_axes) > 1 else next(iter(mesh_axes), None)
+    return mesh_axes
 
 
 def constrain_last(x: _A, *names: str | None) -> _A:
     """Do as `constrain` with the last of the names, as many as `x` has axes: without a batch, its name is dropped."""
-    return constrain(x, *names[-min(x.ndim, len(names)) :])
+    return constrain(x, *_last(x.ndim, names))
+
+
+def _last(ndim: int, names: tuple[str | None, ...]) -> tuple[str | None, ...]:
+    return names[-min(ndim, len(names)) :]
 
 
 def constrain_map(x: _A, rank: int = 2) -> _A:
     """Constrain a map `[*batch, *space, features]` with `rank` spatial axes."""
     return constrain_last(x, BATCH, *SPACE[rank], FEATURES)
+
+
+def split_map(shape: Sequence[int], rank: int = 2) -> tuple[tuple[str, ...], ...]:
+    """Return the mesh axes that `constrain_map` splits each spatial axis over, see `split`."""
+    return split(shape, *_last(len(shape), (BATCH, *SPACE[rank], FEATURES)))[-1 - rank : -1]
 
 
 def constrain_tokens(x: _A) -> _A:

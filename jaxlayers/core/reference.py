@@ -52,6 +52,62 @@ def reference_name(path: str, table: Mapping[str, str]) -> str:
     return f"{table[module].format(**numbers)}.{'weight' if leaf in _WEIGHTS else leaf}"
 
 
+def choose_table(
+    names: Mapping[str, Mapping[str, str]], source: str, tensors: Mapping[str, Any], kernel: str
+) -> tuple[Mapping[str, str], int]:
+    """Return the table of a source, and the number of input channels of a checkpoint.
+
+    Args:
+      names: a table for each source.
+      source: one of them.
+      tensors: arrays by the reference's names.
+      kernel: our path of the kernel that images meet first.
+
+    Raises:
+      ValueError: if the source is unknown, or the checkpoint has no such kernel.
+    """
+    if source not in names:
+        raise ValueError(f"source={source!r} must be one of {sorted(names)}; pass one of them")
+    name = reference_name(kernel, names[source])
+    if name not in tensors:
+        raise ValueError(f"a checkpoint of source={source!r} must hold {name!r}; pass the source it comes from")
+    return names[source], np.shape(tensors[name])[1]
+
+
+def split_fused(
+    tensors: Mapping[str, Any], fused: str = "qkv", parts: Sequence[str] = ("query", "key", "value")
+) -> dict[str, Any]:
+    """Return the tensors with each `<module>.<fused>.<leaf>` cut in equal rows `<module>.<part>.<leaf>`."""
+    split = {}
+    for name, tensor in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        if module.endswith(f".{fused}"):
+            for part, rows in zip(parts, np.split(np.asarray(tensor), len(parts)), strict=True):
+                split[f"{module.removesuffix(fused)}{part}.{leaf}"] = rows
+        else:
+            split[name] = tensor
+    return split
+
+
+def read_variables(
+    tensors: Mapping[str, Any], wanted: Mapping[str, Any], table: Mapping[str, str], *, ignored: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return all collections of a model with running statistics, as `read_reference` does its parameters.
+
+    Args:
+      tensors: see `read_reference`; the numbers of batches that PyTorch's norms count are left out.
+      wanted: shapes by collection, as `jax.eval_shape` of `init` gives them.
+      table: see `read_reference`.
+      ignored: see `read_reference`.
+    """
+    flat = flax.traverse_util.flatten_dict(dict(wanted))
+    # A norm's statistics have names beside those of its parameters, so the collections are read as one tree.
+    joined = flax.traverse_util.unflatten_dict({path[1:]: leaf for path, leaf in flat.items()})
+    read = read_reference(tensors, joined, table, ignored=("num_batches_tracked", *ignored))
+    found = flax.traverse_util.flatten_dict(read)
+    return flax.traverse_util.unflatten_dict({path: found[path[1:]] for path in flat})
+
+
 def read_reference(
     tensors: Mapping[str, Any], wanted: Params, table: Mapping[str, str], *, ignored: Sequence[str] = ()
 ) -> dict[str, Any]:

@@ -16,6 +16,9 @@ from jaxlayers.window.maxvit import MaxViT as MaxViT
 from jaxlayers.window.maxvit import MaxViTBlock as MaxViTBlock
 from jaxlayers.window.maxvit import MBConv as MBConv
 from jaxlayers.window.maxvit import PartitionAttention as PartitionAttention
+from jaxlayers.window.rmt import RMT as RMT
+from jaxlayers.window.rmt import ManhattanAttention as ManhattanAttention
+from jaxlayers.window.rmt import RMTBlock as RMTBlock
 from jaxlayers.window.shiftvit import ShiftViT as ShiftViT
 from jaxlayers.window.shiftvit import ShiftViTBlock as ShiftViTBlock
 from jaxlayers.window.simmim import SimMIM as SimMIM

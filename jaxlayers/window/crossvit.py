@@ -542,15 +542,7 @@ def from_reference(tensors: Mapping[str, Any], model: CrossViT, *, source: str) 
     channels = next(np.shape(value)[1] for name, value in tensors.items() if np.ndim(value) == 4)
     image = jax.ShapeDtypeStruct((1, 16, 16, channels), jnp.float32)
     wanted = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
-    split = {}
-    for name, tensor in tensors.items():
-        module, _, leaf = name.rpartition(".")
-        if module.endswith(".qkv"):
-            for part, rows in zip(("query", "key", "value"), np.split(np.asarray(tensor), 3), strict=True):
-                split[f"{module.removesuffix('qkv')}{part}.{leaf}"] = rows
-        else:
-            split[name] = tensor
-    return reference.read_reference(split, wanted, table)
+    return reference.read_reference(reference.split_fused(tensors), wanted, table)
 
 
 def _variant(

@@ -5,10 +5,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from jaxlayers.core import axes, reference, remat
@@ -692,20 +690,10 @@ def from_reference(tensors: Mapping[str, Any], model: Cvt, *, source: str) -> di
     Raises:
       ValueError: if the source is unknown, or names or shapes of the tensors are not those of the model.
     """
-    if source not in REFERENCE_NAMES:
-        raise ValueError(f"source={source!r} must be one of {sorted(REFERENCE_NAMES)}; pass one of them")
-    table = REFERENCE_NAMES[source]
-    stem = reference.reference_name("stages_0/embed/projection/kernel", table)
-    if stem not in tensors:
-        raise ValueError(f"a checkpoint of source={source!r} must hold {stem!r}; pass the source it comes from")
-    image = jax.ShapeDtypeStruct((1, 32, 32, np.shape(tensors[stem])[1]), jnp.float32)
-    wanted = flax.traverse_util.flatten_dict(jax.eval_shape(model.init, jax.random.key(0), image))
-    # A norm's statistics have names beside those of its parameters, so the collections are read as one tree.
-    joined = flax.traverse_util.unflatten_dict({path[1:]: leaf for path, leaf in wanted.items()})
-    # PyTorch's batch norms also count their batches.
-    read = reference.read_reference(tensors, joined, table, ignored=("num_batches_tracked",))
-    found = flax.traverse_util.flatten_dict(read)
-    return flax.traverse_util.unflatten_dict({path: found[path[1:]] for path in wanted})
+    table, channels = reference.choose_table(REFERENCE_NAMES, source, tensors, "stages_0/embed/projection/kernel")
+    image = jax.ShapeDtypeStruct((1, 32, 32, channels), jnp.float32)
+    wanted = jax.eval_shape(model.init, jax.random.key(0), image)
+    return reference.read_variables(tensors, wanted, table)
 
 
 def _variant(

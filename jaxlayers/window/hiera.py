@@ -862,9 +862,9 @@ def _names(block: str, **others: str) -> dict[str, str]:
         "stages/blocks/norm1": f"{block}.norm1",
         "stages/blocks/norm2": f"{block}.norm2",
         "stages/blocks/skip": f"{block}.proj",
-        "stages/blocks/attention/query": f"{block}.attn.q",
-        "stages/blocks/attention/key": f"{block}.attn.k",
-        "stages/blocks/attention/value": f"{block}.attn.v",
+        "stages/blocks/attention/query": f"{block}.attn.query",
+        "stages/blocks/attention/key": f"{block}.attn.key",
+        "stages/blocks/attention/value": f"{block}.attn.value",
         "stages/blocks/attention/out": f"{block}.attn.proj",
         "stages/blocks/feed_forward/up": f"{block}.mlp.fc1",
         "stages/blocks/feed_forward/down": f"{block}.mlp.fc2",
@@ -903,14 +903,9 @@ def from_reference(tensors: Mapping[str, Any], model: nn.Module, *, source: str)
     Raises:
       ValueError: if the source is unknown, or names or shapes of the tensors are not those of the model.
     """
-    if source not in REFERENCE_NAMES:
-        raise ValueError(f"source={source!r} must be one of {sorted(REFERENCE_NAMES)}; pass one of them")
-    table = REFERENCE_NAMES[source]
-    stem = f"{table['patch_embed/projection']}.weight"
-    if stem not in tensors:
-        raise ValueError(f"a checkpoint of source={source!r} must hold {stem!r}; pass the source it comes from")
+    table, channels = reference.choose_table(REFERENCE_NAMES, source, tensors, "patch_embed/projection/kernel")
     fields: Any = model
-    image = jax.ShapeDtypeStruct((1, *_image(fields.image_size), np.shape(tensors[stem])[1]), jnp.float32)
+    image = jax.ShapeDtypeStruct((1, *_image(fields.image_size), channels), jnp.float32)
     wanted = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
     places = [(stage, block) for stage, depth in enumerate(fields.depths) for block in range(depth)]
 
@@ -920,13 +915,8 @@ def from_reference(tensors: Mapping[str, Any], model: nn.Module, *, source: str)
 
     renamed = {}
     for name, tensor in tensors.items():
-        name = re.sub(r"^blocks\.(\d+)\.", renumber, name)
-        if ".qkv." in name:
-            for part, rows in zip("qkv", np.split(np.asarray(tensor), 3), strict=True):
-                renamed[name.replace(".qkv.", f".{part}.")] = rows
-        else:
-            renamed[name] = tensor
-    return reference.read_reference(renamed, wanted, table)
+        renamed[re.sub(r"^blocks\.(\d+)\.", renumber, name)] = tensor
+    return reference.read_reference(reference.split_fused(renamed), wanted, table)
 
 
 def _variant(embed_dim: int, num_heads: int, depths: tuple[int, ...], *, video: bool = False) -> dict[str, Any]:

@@ -700,32 +700,16 @@ def from_reference(tensors: Mapping[str, Any], model: MaxViT, *, source: str = "
     Raises:
       ValueError: if the source is unknown, or names or shapes of the tensors are not those of the model.
     """
-    if source not in REFERENCE_NAMES:
-        raise ValueError(f"source={source!r} must be one of {sorted(REFERENCE_NAMES)}; pass one of them")
-    table = REFERENCE_NAMES[source]
-    stem = reference.reference_name("patch_embed/convolution1/kernel", table)
-    if stem not in tensors:
-        raise ValueError(f"a checkpoint of source={source!r} must hold {stem!r}; pass the source it comes from")
-    image = jax.ShapeDtypeStruct((1, 32, 32, np.shape(tensors[stem])[1]), jnp.float32)
-    wanted = flax.traverse_util.flatten_dict(jax.eval_shape(model.init, jax.random.key(0), image))
-    # A norm's statistics have names beside those of its parameters, so the collections are read as one tree.
-    joined = flax.traverse_util.unflatten_dict({path[1:]: leaf for path, leaf in wanted.items()})
-    split = {name: value for one in tensors.items() for name, value in _as_ours(*one).items()}
-    # PyTorch's batch norms also count their batches.
-    read = reference.read_reference(split, joined, table, ignored=("num_batches_tracked",))
-    found = flax.traverse_util.flatten_dict(read)
-    return flax.traverse_util.unflatten_dict({path: found[path[1:]] for path in wanted})
+    table, channels = reference.choose_table(REFERENCE_NAMES, source, tensors, "patch_embed/convolution1/kernel")
+    image = jax.ShapeDtypeStruct((1, 32, 32, channels), jnp.float32)
+    wanted = jax.eval_shape(model.init, jax.random.key(0), image)
+    ours = {name: _turned(tensor) if name.endswith(_TABLE) else tensor for name, tensor in tensors.items()}
+    return reference.read_variables(reference.split_fused(ours), wanted, table)
 
 
-def _as_ours(name: str, tensor: Any) -> dict[str, Any]:
-    """Cut a fused projection in three, and turn a table of offsets key - query, heads first, into ours."""
-    module, _, leaf = name.rpartition(".")
-    if module.endswith(".qkv"):
-        parts = zip(("query", "key", "value"), np.split(np.asarray(tensor), 3), strict=True)
-        return {f"{module.removesuffix('qkv')}{part}.{leaf}": rows for part, rows in parts}
-    if leaf == _TABLE and np.ndim(tensor) == 3:
-        tensor = np.asarray(tensor)[:, ::-1, ::-1].reshape(np.shape(tensor)[0], -1).T
-    return {name: tensor}
+def _turned(table: Any) -> np.ndarray:
+    """Return a table of offsets key - query, heads first, as one of offsets query - key, heads last."""
+    return np.asarray(table)[:, ::-1, ::-1].reshape(len(table), -1).T
 
 
 def _variant(

@@ -7,7 +7,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from jaxlayers.core import axes, reference
@@ -379,13 +378,8 @@ def from_reference(tensors: Mapping[str, Any], model: ShiftViT, *, source: str =
     Raises:
       ValueError: if the source is unknown, or names or shapes of the tensors are not those of the model.
     """
-    if source not in REFERENCE_NAMES:
-        raise ValueError(f"source={source!r} must be one of {sorted(REFERENCE_NAMES)}; pass one of them")
-    table = REFERENCE_NAMES[source]
-    stem = reference.reference_name("patch_embed/projection/kernel", table)
-    if stem not in tensors:
-        raise ValueError(f"a checkpoint of source={source!r} must hold {stem!r}; pass the source it comes from")
-    image = jax.ShapeDtypeStruct((1, 32, 32, np.shape(tensors[stem])[1]), jnp.float32)
+    table, channels = reference.choose_table(REFERENCE_NAMES, source, tensors, "patch_embed/projection/kernel")
+    image = jax.ShapeDtypeStruct((1, 32, 32, channels), jnp.float32)
     wanted = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
     return reference.read_reference(tensors, wanted, table)
 

@@ -422,8 +422,8 @@ _TIMM = {
         for part, name in (
             ("norm1", f"norm_{end}"),
             ("norm2", f"norm_{mlp}"),
-            ("attention/query", f"attn_{end}.q"),
-            ("attention/key", f"attn_{end}.k"),
+            ("attention/query", f"attn_{end}.query"),
+            ("attention/key", f"attn_{end}.key"),
             ("attention/value", f"attn_{end}.v"),
             ("attention/out", f"attn_{end}.proj"),
             ("feed_forward/up", f"{mlp}.fc1"),
@@ -448,8 +448,8 @@ _OFFICIAL = {
         for part, name in (
             ("norm1", "norm1"),
             ("norm2", "norm2"),
-            ("attention/query", "attn.q"),
-            ("attention/key", "attn.k"),
+            ("attention/query", "attn.query"),
+            ("attention/key", "attn.key"),
             ("attention/value", "attn.v"),
             ("attention/out", "attn.proj"),
             ("feed_forward/up", "mlp.fc1"),
@@ -457,7 +457,7 @@ _OFFICIAL = {
         )
     },
 }
-# See `jaxlayers.core.reference`; the fused `qk` is first cut into `q` and `k`.
+# See `jaxlayers.core.reference`; the fused `qk` is first cut in two.
 REFERENCE_NAMES: Mapping[str, Mapping[str, str]] = {"timm": _TIMM, "official": _OFFICIAL}
 
 
@@ -475,25 +475,14 @@ def from_reference(tensors: Mapping[str, Any], model: TNT, *, source: str) -> di
     Raises:
       ValueError: if the source is unknown, or names or shapes of the tensors are not those of the model.
     """
-    if source not in REFERENCE_NAMES:
-        raise ValueError(f"source={source!r} must be one of {sorted(REFERENCE_NAMES)}; pass one of them")
-    table = REFERENCE_NAMES[source]
-    stem = f"{table['word_embed']}.weight"
-    if stem not in tensors:
-        raise ValueError(f"a checkpoint of source={source!r} must hold {stem!r}; pass the source it comes from")
-    image = jax.ShapeDtypeStruct((1, *_image_size(model), np.shape(tensors[stem])[1]), jnp.float32)
+    table, channels = reference.choose_table(REFERENCE_NAMES, source, tensors, "word_embed/kernel")
+    image = jax.ShapeDtypeStruct((1, *_image_size(model), channels), jnp.float32)
     wanted = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
-    split = {}
-    for name, tensor in tensors.items():
-        module, _, leaf = name.rpartition(".")
-        if module.endswith(".qk"):
-            for part, rows in zip("qk", np.split(np.asarray(tensor), 2), strict=True):
-                split[f"{module.removesuffix('qk')}{part}.{leaf}"] = rows
-        elif name == table["word_position"] and np.ndim(tensor) == 4:
-            # A map of channels first.
-            split[name] = np.moveaxis(np.asarray(tensor)[0], 0, -1).reshape(-1, np.shape(tensor)[1])
-        else:
-            split[name] = tensor
+    split = reference.split_fused(tensors, "qk", ("query", "key"))
+    words = table["word_position"]
+    if np.ndim(split.get(words)) == 4:
+        # A map of channels first.
+        split[words] = np.moveaxis(np.asarray(split[words])[0], 0, -1).reshape(-1, np.shape(split[words])[1])
     # The official files keep the places of the patches' first tokens.
     return reference.read_reference(split, wanted, table, ignored=("outer_tokens",))
 

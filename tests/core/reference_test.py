@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlayers.core.reference import read_reference, reference_name
+from jaxlayers.core.reference import choose_table, read_reference, read_variables, reference_name, split_fused
 
 TABLE = {
     "stages/merge": "layers.{before}.down",
@@ -79,3 +79,33 @@ def test_what_does_not_fit_is_named(wanted, tensors):
         read_reference({name: value for name, value in tensors.items() if "norm" not in name}, wanted, NAMES)
     with pytest.raises(ValueError, match=r"norm.weight must give norm/scale its shape \(4,\), not \(3,\)"):
         read_reference({**tensors, "norm.weight": np.ones(3)}, wanted, NAMES)
+
+
+def test_fused_projections_are_cut_by_rows():
+    fused = {"a.qkv.weight": np.arange(12).reshape(6, 2), "a.qkv.bias": np.arange(6), "b.weight": np.ones(1)}
+    found = split_fused(fused)
+    assert set(found) == {f"a.{part}.{leaf}" for part in ("query", "key", "value") for leaf in ("weight", "bias")} | {
+        "b.weight"
+    }
+    np.testing.assert_array_equal(found["a.key.weight"], [[4, 5], [6, 7]])
+    np.testing.assert_array_equal(found["a.value.bias"], [4, 5])
+
+
+def test_the_source_is_checked_and_the_channels_are_counted(tensors):
+    names = {"one": NAMES}
+    assert choose_table(names, "one", tensors, "linear/kernel") == (NAMES, 2)
+    with pytest.raises(ValueError, match=r"source='two' must be one of \['one'\]"):
+        choose_table(names, "two", tensors, "linear/kernel")
+    with pytest.raises(ValueError, match=r"source='one' must hold 'linear.weight'; pass the source it comes from"):
+        choose_table(names, "one", {}, "linear/kernel")
+
+
+def test_statistics_are_read_into_their_own_collection(rng):
+    shape = jax.ShapeDtypeStruct((3,), np.float32)
+    wanted = {"params": {"norm": {"scale": shape}}, "batch_stats": {"norm": {"mean": shape}}}
+    table = {"norm": "bn", "norm/mean": "bn.running_mean"}
+    tensors = {name: rng.normal(size=3).astype(np.float32) for name in ("bn.weight", "bn.running_mean")}
+    found = read_variables({**tensors, "bn.num_batches_tracked": np.ones(())}, wanted, table)
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    np.testing.assert_array_equal(found["params"]["norm"]["scale"], tensors["bn.weight"])
+    np.testing.assert_array_equal(found["batch_stats"]["norm"]["mean"], tensors["bn.running_mean"])

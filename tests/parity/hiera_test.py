@@ -205,7 +205,7 @@ def test_official_names_are_those_that_timm_converts(timm, pair):
     def file_name(path, source):
         # Our names give blocks a stage and cut `qkv` in three.
         name = reference_name(path, hiera.REFERENCE_NAMES[source])
-        for part in "qkv":
+        for part in ("query", "key", "value"):
             name = name.replace(f".attn.{part}.", ".attn.qkv.")
         if name.startswith("blocks."):
             _, stage, block, rest = name.split(".", 3)

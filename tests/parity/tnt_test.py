@@ -110,10 +110,10 @@ def test_official_names_are_those_that_timm_converts(timm):
     model = TNT(image_size=32, **SHAPE)
     tensors = reference.state_dict()
     params = tnt.from_reference(state(reference), model, source="timm")
-    # Our names say `q` and `k` where the files hold both in one.
+    # Our names say `query` and `key` where the files hold both in one.
     paths = [path for path in flax.traverse_util.flatten_dict(params, sep="/") if "/key/" not in path]
     names = {
-        source: [reference_name(path, tnt.REFERENCE_NAMES[source]).replace(".q.", ".qk.") for path in paths]
+        source: [reference_name(path, tnt.REFERENCE_NAMES[source]).replace(".query.", ".qk.") for path in paths]
         for source in ("official", "timm")
     }
     official = {ours: tensors[theirs] for ours, theirs in zip(names["official"], names["timm"], strict=True)}

@@ -602,9 +602,9 @@ def to_reference(params, source):
             for number, place in enumerate(("0.0", "1.0", "1.1", "2.0")):
                 name = re.sub(rf"^blocks\.{re.escape(place)}\.", f"blocks.{number}.", name)
         tensors[name] = leaf
-    for name in [name for name in tensors if ".attn.q." in name]:
-        parts = [tensors.pop(name.replace(".q.", f".{part}.")) for part in "qkv"]
-        tensors[name.replace(".q.", ".qkv.")] = np.concatenate(parts)
+    for name in [name for name in tensors if ".attn.query." in name]:
+        parts = [tensors.pop(name.replace(".query.", f".{part}.")) for part in ("query", "key", "value")]
+        tensors[name.replace(".query.", ".qkv.")] = np.concatenate(parts)
     return tensors
 
 

@@ -364,9 +364,9 @@ def to_reference(params, source):
         elif path in ("position_embedding", "class_token"):
             leaf = leaf.reshape(1, -1, leaf.shape[-1])
         tensors[reference_name(path, tnt.REFERENCE_NAMES[source])] = leaf
-    for name in [name for name in tensors if name.endswith(".q.weight")]:
-        stem = name.removesuffix("q.weight")
-        tensors[f"{stem}qk.weight"] = np.concatenate([tensors.pop(f"{stem}{part}.weight") for part in "qk"])
+    for name in [name for name in tensors if name.endswith(".query.weight")]:
+        stem = name.removesuffix("query.weight")
+        tensors[f"{stem}qk.weight"] = np.concatenate([tensors.pop(f"{stem}{part}.weight") for part in ("query", "key")])
     return tensors
 
 
