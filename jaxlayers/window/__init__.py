@@ -1,5 +1,12 @@
 """Hierarchical vision transformers and other layers that mix tokens inside windows, one paper a file."""
 
+from jaxlayers.window.axial_resnet import AxialBottleneck as AxialBottleneck
+from jaxlayers.window.axial_resnet import AxialResNet as AxialResNet
+from jaxlayers.window.axial_resnet import PositionSensitiveAttention as PositionSensitiveAttention
+from jaxlayers.window.axial_transformer import AxialAttention as AxialAttention
+from jaxlayers.window.axial_transformer import AxialBlock as AxialBlock
+from jaxlayers.window.axial_transformer import AxialEncoder as AxialEncoder
+from jaxlayers.window.axial_transformer import AxialTransformer as AxialTransformer
 from jaxlayers.window.crossvit import CrossFusion as CrossFusion
 from jaxlayers.window.crossvit import CrossViT as CrossViT
 from jaxlayers.window.cvt import ConvAttention as ConvAttention
