@@ -106,9 +106,9 @@ def split_map(shape: Sequence[int], rank: int = 2) -> tuple[tuple[str, ...], ...
     return split(shape, *_last(len(shape), (BATCH, *SPACE[rank], FEATURES)))[-1 - rank : -1]
 
 
-def constrain_tokens(x: _A) -> _A:
-    """Constrain tokens `[*batch, tokens, features]`."""
-    return constrain_last(x, BATCH, TOKENS, FEATURES)
+def constrain_tokens(x: _A, *groups: str) -> _A:
+    """Constrain tokens `[*batch, *groups, tokens, features]`; those of one group stay together."""
+    return constrain_last(x, BATCH, *groups, None if groups else TOKENS, FEATURES)
 
 
 def constrain_heads(x: _A, *groups: str) -> _A:

@@ -24,6 +24,8 @@ class MultiHeadAttention(nn.Module):
     Attributes:
       num_heads: number of heads; must divide the features of x.
       use_bias: add biases to Q, K and V (the output always has one).
+      groups: logical axes of the groups of tokens, between batch and tokens, within which alone they mix, such as
+        `(axes.WINDOWS,)`; names of `core.axes`.
       dtype: compute dtype; `None` infers it from input and parameters. The softmax is in float32 or better.
       param_dtype: dtype of the parameters.
       kernel_init: initialiser of the kernels.
@@ -51,6 +53,7 @@ class MultiHeadAttention(nn.Module):
 
     num_heads: int
     use_bias: bool = True
+    groups: tuple[str, ...] = ()
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
     kernel_init: Initializer = truncated_normal()
@@ -95,8 +98,12 @@ class MultiHeadAttention(nn.Module):
             kernel_init=self.kernel_init,
             bias_init=self.bias_init,
         )
+
+        def constrain(heads: Array) -> Array:
+            return axes.constrain_heads(heads, *self.groups)
+
         query, key, value = (
-            axes.constrain_heads(split_heads(dense(use_bias=self.use_bias, name=name)(tokens), self.num_heads))
+            constrain(split_heads(dense(use_bias=self.use_bias, name=name)(tokens), self.num_heads))
             for name, tokens in (("query", x), ("key", context), ("value", context))
         )
 
@@ -106,4 +113,4 @@ class MultiHeadAttention(nn.Module):
             module.sow("intermediates", "attention_weights", weights)
             return jnp.matmul(weights, value)
 
-        return dense(name="out")(merge_heads(axes.constrain_heads(remat.attention(attend, self, query, key, value))))
+        return dense(name="out")(merge_heads(constrain(remat.attention(attend, self, query, key, value))))

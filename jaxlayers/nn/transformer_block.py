@@ -6,7 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxlayers.core import axes
 from jaxlayers.core.initializers import truncated_normal, zeros
@@ -25,12 +25,14 @@ class TransformerBlock(nn.Module):
     of width d.
 
     Symmetry:
-      Exactly equivariant to permutations of the tokens.
+      Without a mask exactly equivariant to permutations of the tokens.
 
     Attributes:
       num_heads: number of heads; must divide the features.
       mlp_ratio: width of the MLP's hidden layer, in multiples of the features.
       use_bias: add biases to Q, K and V (all other layers have them).
+      groups: logical axes of the groups of tokens, between batch and tokens, within which alone they mix, such as
+        `(axes.WINDOWS,)`; names of `core.axes`.
       drop_path_rate: probability of dropping a residual branch for a sample, in [0, 1).
       norm: makes a norm, called as `norm(dtype=..., param_dtype=..., name=...)`.
       dtype: compute dtype; `None` infers it from input and parameters. Softmax and norms' statistics are in float32.
@@ -62,6 +64,7 @@ class TransformerBlock(nn.Module):
     num_heads: int
     mlp_ratio: float = 4.0
     use_bias: bool = True
+    groups: tuple[str, ...] = ()
     drop_path_rate: float = 0.0
     norm: Callable[..., Any] = layer_norm
     dtype: Dtype | None = None
@@ -71,12 +74,17 @@ class TransformerBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "*batch tokens features"], *, deterministic: bool = True
+        self,
+        x: Float[Array, "*batch tokens features"],
+        mask: Bool[Array, "..."] | None = None,
+        *,
+        deterministic: bool = True,
     ) -> Float[Array, "*batch tokens features"]:
         """Apply the block.
 
         Args:
           x: tokens.
+          mask: true where a token may attend to another, see `MultiHeadAttention`; `None` = everywhere.
           deterministic: no dropped branches.
 
         Returns:
@@ -96,9 +104,11 @@ class TransformerBlock(nn.Module):
         }
         drop_path = DropPath(self.drop_path_rate, batch_ndim=x.ndim - 2)
         y = norm(name="norm1")(x)
-        y = MultiHeadAttention(self.num_heads, use_bias=self.use_bias, name="attention", **common)(y)
-        x = axes.constrain_tokens(x + drop_path(y, deterministic=deterministic))
+        y = MultiHeadAttention(self.num_heads, use_bias=self.use_bias, groups=self.groups, name="attention", **common)(
+            y, mask=mask
+        )
+        x = axes.constrain_tokens(x + drop_path(y, deterministic=deterministic), *self.groups)
         y = FeedForward(int(x.shape[-1] * self.mlp_ratio), name="feed_forward", **common)(
             norm(name="norm2")(x), deterministic=deterministic
         )
-        return axes.constrain_tokens(x + drop_path(y, deterministic=deterministic))
+        return axes.constrain_tokens(x + drop_path(y, deterministic=deterministic), *self.groups)

@@ -14,6 +14,11 @@ from jaxlayers.window.cvt import ConvProjection as ConvProjection
 from jaxlayers.window.cvt import ConvTokenEmbed as ConvTokenEmbed
 from jaxlayers.window.cvt import Cvt as Cvt
 from jaxlayers.window.cvt import CvtBlock as CvtBlock
+from jaxlayers.window.fit import FIT as FIT
+from jaxlayers.window.fit import FITAR as FITAR
+from jaxlayers.window.fit import FITBlock as FITBlock
+from jaxlayers.window.fit import FITDenoiser as FITDenoiser
+from jaxlayers.window.grat import GratAttention as GratAttention
 from jaxlayers.window.hiera import Hiera as Hiera
 from jaxlayers.window.hiera import HieraBlock as HieraBlock
 from jaxlayers.window.hiera import HieraEmbed as HieraEmbed
@@ -41,3 +46,7 @@ from jaxlayers.window.swin_v2 import SwinV2Block as SwinV2Block
 from jaxlayers.window.tnt import TNT as TNT
 from jaxlayers.window.tnt import TNTBlock as TNTBlock
 from jaxlayers.window.turbovit import TurboViT as TurboViT
+from jaxlayers.window.vit_resnas import ResidualSpatialReduction as ResidualSpatialReduction
+from jaxlayers.window.vit_resnas import ViTResNAS as ViTResNAS
+from jaxlayers.window.vit_resnas import ViTResNASBlock as ViTResNASBlock
+from jaxlayers.window.vit_resnas_search import SuperNetwork as SuperNetwork

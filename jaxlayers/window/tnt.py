@@ -119,7 +119,7 @@ class TNTBlock(nn.Module):
             norm=self.norm,
             **common,
         )
-        words = block(self.num_heads[0], name="inner")(words, deterministic=deterministic)
+        words = block(self.num_heads[0], groups=(axes.TOKENS,), name="inner")(words, deterministic=deterministic)
         project = nn.Dense(patches.shape[-1], use_bias=self.legacy, name="project", **common)
         if self.legacy:
             told = project(_flatten(norm(name="project_norm")(words)))
@@ -480,7 +480,7 @@ def from_reference(tensors: Mapping[str, Any], model: TNT, *, source: str) -> di
     wanted = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
     split = reference.split_fused(tensors, "qk", ("query", "key"))
     words = table["word_position"]
-    if np.ndim(split.get(words)) == 4:
+    if words in split and np.ndim(split[words]) == 4:
         # A map of channels first.
         split[words] = np.moveaxis(np.asarray(split[words])[0], 0, -1).reshape(-1, np.shape(split[words])[1])
     # The official files keep the places of the patches' first tokens.

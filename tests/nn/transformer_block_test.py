@@ -1,7 +1,9 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlayers.core import axes
 from jaxlayers.nn.transformer_block import TransformerBlock
 from jaxlayers.testing import BadInput, Case, Symmetric, Symmetry
 
@@ -48,3 +50,30 @@ def test_its_parts_in_order_are_the_block(rng):
     after = x + parts["attention"]["__call__"][0]
     np.testing.assert_allclose(parts["norm2"]["__call__"][0].mean(-1), 0, atol=1e-5)
     np.testing.assert_allclose(out, after + parts["feed_forward"]["__call__"][0], atol=1e-6)
+
+
+def test_a_mask_hides_later_tokens_and_a_full_one_nothing(rng):
+    block = TransformerBlock(num_heads=2)
+    x = jnp.asarray(rng.normal(size=(4, 8)), jnp.float32)
+    variables = block.init(jax.random.key(0), x)
+    run = jax.jit(lambda x, mask: block.apply(variables, x, mask))
+    np.testing.assert_allclose(run(x, jnp.ones((4, 4), bool)), block.apply(variables, x), atol=1e-6)
+    moved = run(x.at[2].add(rng.normal(size=8)), jnp.tri(4, dtype=bool)) - run(x, jnp.tri(4, dtype=bool))
+    np.testing.assert_array_equal(np.asarray(jnp.abs(moved).max(-1) > 0), [False, False, True, True])
+
+
+def test_tokens_of_a_group_stay_on_one_device(rng):
+    mesh = jax.make_mesh((8,), ("sequence",), axis_types=(jax.sharding.AxisType.Auto,))
+    x = jnp.asarray(rng.normal(size=(1, 8, 4, 8)), jnp.float32)
+    rules = (("windows", "sequence"), ("tokens", "sequence"))
+    where = jax.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "sequence"))
+
+    def collectives(block):
+        variables = block.init(jax.random.key(0), x)
+        with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+            program = jax.jit(lambda x: block.apply(variables, x)).lower(jax.device_put(x, where)).compile()
+        return [name for name in ("all-gather", "all-to-all", "collective-permute") if name in program.as_text()]
+
+    assert collectives(TransformerBlock(num_heads=2, groups=(axes.WINDOWS,))) == []
+    # Control: without the name, tokens are split, and attention must gather them.
+    assert collectives(TransformerBlock(num_heads=2)) != []
