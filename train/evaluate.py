@@ -58,7 +58,8 @@ def evaluation_step(model: nn.Module, task: Task) -> Callable[[Any, Any, Batch],
 def compile_evaluation(step: Callable[..., dict[str, Any]], params: Any, collections: Any, mesh: Mesh) -> Any:
     """Return `step` jitted over `mesh` for parameters and collections placed as the given (abstract) ones."""
     places = jax.tree.map(lambda leaf: leaf.sharding, (params, collections))
-    jitted = jax.jit(step, in_shardings=(*places, meshes.batch_sharding(mesh)), out_shardings=meshes.replicated(mesh))
+    # The batch stays where it was put.
+    jitted = jax.jit(step, in_shardings=(*places, None), out_shardings=meshes.replicated(mesh))
 
     def call(params: Any, collections: Any, batch: Batch) -> dict[str, Any]:
         with meshes.use(mesh):

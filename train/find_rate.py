@@ -80,7 +80,7 @@ def find_rate(
     )
     plan = prepare(tested, devices)
     state = first_state(plan)
-    example = steps.abstract(plan.example, meshes.batch_sharding(plan.mesh))
+    example = steps.abstract(plan.example, meshes.batch_shardings(plan.example, plan.mesh))
     step = steps.compile_step(
         plan.train_step, plan.abstract, example, plan.mesh, sequence_parallel=config.mesh.sequence_parallel
     )

@@ -398,7 +398,7 @@ def take_steps(
     train_step = steps.compile_step(
         plan.train_step,
         plan.abstract,
-        steps.abstract(example, meshes.batch_sharding(mesh)),
+        steps.abstract(example, meshes.batch_shardings(example, mesh)),
         mesh,
         sequence_parallel=config.mesh.sequence_parallel,
     )

@@ -244,6 +244,22 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def batch_shardings(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
+    """Return the sharding of each array of a batch.
+
+    Pictures and volumes `[rows, *space, channels]` with two or three spatial axes are split along their height as well,
+    over `sequence` where it divides: what `LOGICAL_RULES` do to the maps made of them.
+    """
+
+    def place(rows: Any) -> NamedSharding:
+        divides = rows.ndim >= 4 and rows.shape[-3] % mesh.shape["sequence"] == 0
+        split = divides and mesh.shape["sequence"] > 1
+        spec = PartitionSpec(BATCH_AXES, *(None,) * (rows.ndim - 4), "sequence") if split else batch_sharding(mesh).spec
+        return NamedSharding(mesh, spec)
+
+    return {name: place(rows) for name, rows in batch.items()}
+
+
 def check_batch_size(name: str, batch_size: int, mesh: Mesh) -> None:
     """Refuse a batch that does not divide over the mesh.
 
@@ -280,9 +296,15 @@ def process_rows(mesh: Mesh, batch_size: int) -> tuple[int, int]:
 
 
 def put_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
-    """Return this process's rows as part of the global batch on the devices."""
-    sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, np.asarray(rows)) for name, rows in batch.items()}
+    """Return this process's rows as part of the global batch on the devices, see `batch_shardings`."""
+    arrays = {name: np.asarray(rows) for name, rows in batch.items()}
+    places = batch_shardings(arrays, mesh)
+    # Of a picture that is split over several processes each has all rows of pixels, of which its devices take theirs.
+    processes = process_rows(mesh, math.prod(mesh.shape[axis] for axis in BATCH_AXES))[1]
+    return {
+        name: jax.make_array_from_process_local_data(places[name], rows, (processes * rows.shape[0], *rows.shape[1:]))
+        for name, rows in arrays.items()
+    }
 
 
 def gather(tree: Any, mesh: Mesh) -> Any:

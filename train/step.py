@@ -145,7 +145,7 @@ def compile_step(step: Step, state: Any, batch: Any, mesh: Mesh, *, sequence_par
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     jitted = jax.jit(
         step,
-        in_shardings=(shardings, meshes.batch_sharding(mesh)),
+        in_shardings=(shardings, jax.tree.map(lambda leaf: leaf.sharding, batch)),
         out_shardings=(shardings, meshes.replicated(mesh)),
         donate_argnums=0,
     )

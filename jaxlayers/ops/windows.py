@@ -91,20 +91,37 @@ def window_regions(
     Returns:
       Integer labels `[windows, tokens]`; labels are comparable within one window only.
     """
-    padded = [-(-length // step) * step for length, step in zip(size, window, strict=True)]
-    label = np.zeros(padded, np.int32)
-    padding = np.zeros(padded, bool)
-    for axis, (length, whole, by) in enumerate(zip(size, padded, amount, strict=True)):
-        origin = (np.arange(whole) + by) % whole
-        shape = [-1 if other == axis else 1 for other in range(len(padded))]
-        label += (2**axis * (origin < by)).astype(np.int32).reshape(shape)
-        padding |= (origin >= length).reshape(shape)
+    rows = []
+    for length, step, by in zip(size, window, amount, strict=True):
+        whole = -(-length // step) * step
+        rows.append(((np.arange(whole) + by) % whole).reshape(-1, step))
+    return regions_of_rows(rows, size, amount, separate_padding=separate_padding).reshape(-1, math.prod(window))
+
+
+def regions_of_rows(
+    rows: Sequence[np.ndarray], size: Sequence[int], amount: Sequence[int], *, separate_padding: bool = False
+) -> np.ndarray:
+    """Label tokens as `window_regions` does, for windows that are given by the entries in them.
+
+    Args:
+      rows: for each axis the entries of the padded map, `[windows, window]`, in each window along it.
+      size: spatial size of the map before padding.
+      amount: the shift along each axis.
+      separate_padding: give padded tokens a label of their own.
+
+    Returns:
+      Integer labels `[*windows, tokens]`, with one axis of windows for each spatial axis.
+    """
+    rank = len(rows)
+    label, padding = np.zeros((), np.int32), np.zeros((), bool)
+    for axis, (origin, length, by) in enumerate(zip(rows, size, amount, strict=True)):
+        shape = [1] * (2 * rank)
+        shape[axis], shape[rank + axis] = origin.shape
+        label = label + (2**axis * (origin < by)).astype(np.int32).reshape(shape)
+        padding = padding | (origin >= length).reshape(shape)
     if separate_padding:
         label = np.where(padding, -1, label).astype(np.int32)
-    blocks = label.reshape([part for whole, step in zip(padded, window, strict=True) for part in (whole // step, step)])
-    rank = len(padded)
-    blocks = blocks.transpose([*range(0, 2 * rank, 2), *range(1, 2 * rank, 2)])
-    return blocks.reshape(-1, math.prod(window))
+    return label.reshape(*label.shape[:rank], -1)
 
 
 def shift_mask(

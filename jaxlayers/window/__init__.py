@@ -38,6 +38,9 @@ from jaxlayers.window.swin import PatchMerging as PatchMerging
 from jaxlayers.window.swin import Swin as Swin
 from jaxlayers.window.swin import SwinBlock as SwinBlock
 from jaxlayers.window.swin import WindowAttention as WindowAttention
+from jaxlayers.window.swin3d import SparseWindowAttention as SparseWindowAttention
+from jaxlayers.window.swin3d import Swin3D as Swin3D
+from jaxlayers.window.swin3d import Swin3DBlock as Swin3DBlock
 from jaxlayers.window.swin_v2 import ContinuousPositionBias as ContinuousPositionBias
 from jaxlayers.window.swin_v2 import CosineWindowAttention as CosineWindowAttention
 from jaxlayers.window.swin_v2 import PatchMergingV2 as PatchMergingV2

@@ -29,17 +29,10 @@ from jaxlayers.nn.drop_path import DropPath, drop_path_rates
 from jaxlayers.nn.feed_forward import FeedForward
 from jaxlayers.nn.multi_head import attention_weights, merge_heads, split_heads
 from jaxlayers.nn.patch_embed import PatchEmbed
-from jaxlayers.ops.patches import crop, pad_to_multiple, split_shape, to_patches
+from jaxlayers.ops.halo import cut_windows, join_windows, map_split, window_mask, window_names
+from jaxlayers.ops.patches import pad_to_multiple, split_shape, to_patches
 from jaxlayers.ops.resample import resample_patch_kernel, resample_relative_table
-from jaxlayers.ops.windows import (
-    fit_window,
-    merge_windows,
-    partition_windows,
-    relative_position_bias,
-    shift,
-    shift_mask,
-    unshift,
-)
+from jaxlayers.ops.windows import fit_window, relative_position_bias
 
 layer_norm = functools.partial(nn.LayerNorm, epsilon=1e-5)
 
@@ -104,9 +97,10 @@ class WindowAttention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "*batch windows tokens features"],
-        mask: Bool[Array, "#windows tokens tokens"] | None = None,
+        mask: Bool[Array, "*#grid tokens tokens"] | None = None,
         *,
         window: tuple[int, ...] | None = None,
+        names: tuple[str, ...] = (axes.WINDOWS,),
         deterministic: bool = True,
     ) -> Float[Array, "*batch windows tokens features"]:
         """Attend within each window.
@@ -115,6 +109,8 @@ class WindowAttention(nn.Module):
           x: tokens of each window in row-major order.
           mask: true where a query (second axis) may attend to a key (last axis); each query to at least one.
           window: the window in use, at most `window_size` along each axis; `None` takes `window_size`.
+          names: logical axes of the windows (last), one or, where they are split over devices, one for each axis
+            of the map; `mask` then has as many.
           deterministic: no dropout.
 
         Returns:
@@ -142,7 +138,7 @@ class WindowAttention(nn.Module):
             bias_init=self.bias_init,
         )
         query, key, value = (
-            axes.constrain_heads(split_heads(dense(use_bias=self.use_bias, name=name)(x), self.num_heads), axes.WINDOWS)
+            axes.constrain_heads(split_heads(dense(use_bias=self.use_bias, name=name)(x), self.num_heads), *names)
             for name in ("query", "key", "value")
         )
         rows = math.prod(2 * length - 1 for length in self.window_size)
@@ -151,7 +147,7 @@ class WindowAttention(nn.Module):
         bias = axes.constrain(bias, axes.HEADS, None, None)
         # Apart from the bias, whose gradient is then one sum over images and windows; half the lowest number cannot
         # overflow in the sum.
-        blocked = None if mask is None else jnp.where(mask[:, None], 0.0, 0.5 * jnp.finfo(query.dtype).min)
+        blocked = None if mask is None else jnp.where(mask[..., None, :, :], 0.0, 0.5 * jnp.finfo(query.dtype).min)
 
         def attend(module: nn.Module, query: Array, key: Array, value: Array, bias: Array) -> Array:
             logits = jnp.matmul(query * (features // self.num_heads) ** -0.5, jnp.swapaxes(key, -1, -2))
@@ -161,9 +157,7 @@ class WindowAttention(nn.Module):
             weights = nn.Dropout(self.attention_dropout_rate)(weights, deterministic=deterministic)
             return jnp.matmul(weights, value)
 
-        context = merge_heads(
-            axes.constrain_heads(remat.attention(attend, self, query, key, value, bias), axes.WINDOWS)
-        )
+        context = merge_heads(axes.constrain_heads(remat.attention(attend, self, query, key, value, bias), *names))
         return dense(name="out")(context)
 
 
@@ -199,6 +193,8 @@ class SwinBlock(nn.Module):
 
     Cost:
       (4 + 2 mlp_ratio) C^2 + 2 M^2 C multiply-accumulates a token of width C, with M^2 tokens a window.
+      Where logical rules split the map's axes over a mesh, regular windows of whole parts send nothing and shifted ones
+      the shift, there and back, see `ops/halo.py`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -273,9 +269,8 @@ class SwinBlock(nn.Module):
         }
         drop_path = DropPath(self.drop_path_rate, batch_ndim=len(batch))
 
-        y = shift(pad_to_multiple(norm(name="norm1")(x), window), amount)
-        padded = y.shape[len(batch) : -1]
-        mask = shift_mask(size, window, amount, mask_padding=self.mask_padding)
+        split = map_split(x.shape, window)
+        y = cut_windows(norm(name="norm1")(x), window, amount, split)
         y = WindowAttention(
             self.num_heads,
             window_size=full_window,
@@ -283,12 +278,13 @@ class SwinBlock(nn.Module):
             name="attention",
             **common,
         )(
-            partition_windows(y, window),
-            None if mask is None else jnp.asarray(mask),
+            y,
+            window_mask(size, window, amount, split, mask_padding=self.mask_padding),
             window=window,
+            names=window_names(split),
             deterministic=deterministic,
         )
-        y = crop(unshift(merge_windows(y, window, padded), amount), size)
+        y = join_windows(y, size, window, amount, split)
         y = nn.Dropout(self.dropout_rate)(y, deterministic=deterministic)
         x = axes.constrain_map(x + drop_path(y, drop_path_rate, deterministic=deterministic), len(full_window))
 

@@ -27,16 +27,9 @@ from jaxlayers.nn.drop_path import DropPath, drop_path_rates
 from jaxlayers.nn.feed_forward import FeedForward
 from jaxlayers.nn.multi_head import attention_weights, merge_heads, split_heads
 from jaxlayers.nn.patch_embed import PatchEmbed
-from jaxlayers.ops.patches import crop, pad_to_multiple, split_shape, to_patches
-from jaxlayers.ops.windows import (
-    fit_window,
-    merge_windows,
-    partition_windows,
-    relative_position_bias,
-    shift,
-    shift_mask,
-    unshift,
-)
+from jaxlayers.ops.halo import cut_windows, join_windows, map_split, window_mask, window_names
+from jaxlayers.ops.patches import pad_to_multiple, split_shape, to_patches
+from jaxlayers.ops.windows import fit_window, relative_position_bias
 from jaxlayers.window import swin
 from jaxlayers.window.swin import WindowSize, layer_norm
 from jaxlayers.window.swin import reset_classifier as reset_classifier
@@ -211,8 +204,9 @@ class CosineWindowAttention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "*batch windows tokens features"],
-        mask: Bool[Array, "#windows tokens tokens"] | None = None,
+        mask: Bool[Array, "*#grid tokens tokens"] | None = None,
         *,
+        names: tuple[str, ...] = (axes.WINDOWS,),
         deterministic: bool = True,
     ) -> Float[Array, "*batch windows tokens features"]:
         """Attend within each window.
@@ -220,6 +214,8 @@ class CosineWindowAttention(nn.Module):
         Args:
           x: tokens of each window in row-major order.
           mask: true where a query (second axis) may attend to a key (last axis); each query to at least one.
+          names: logical axes of the windows (last), one or, where they are split over devices, one for each axis
+            of the map; `mask` then has as many.
           deterministic: no dropout.
 
         Returns:
@@ -245,7 +241,7 @@ class CosineWindowAttention(nn.Module):
         }
         dense = functools.partial(nn.Dense, features, dtype=self.dtype, **init)
         query, key, value = (
-            axes.constrain_heads(split_heads(dense(use_bias=with_bias, name=name)(x), self.num_heads), axes.WINDOWS)
+            axes.constrain_heads(split_heads(dense(use_bias=with_bias, name=name)(x), self.num_heads), *names)
             for name, with_bias in (("query", self.use_bias), ("key", False), ("value", self.use_bias))
         )
         wide = at_least_float32(query.dtype)
@@ -257,7 +253,7 @@ class CosineWindowAttention(nn.Module):
         tau = self.param("logit_scale", constant(math.log(10.0)), (self.num_heads,), self.param_dtype)
         scale = jnp.exp(jnp.minimum(tau.astype(wide), _MAX_LOGIT_SCALE))
         # Half the lowest number cannot overflow in the sum.
-        blocked = None if mask is None else jnp.where(mask[:, None], 0.0, 0.5 * jnp.finfo(wide).min)
+        blocked = None if mask is None else jnp.where(mask[..., None, :, :], 0.0, 0.5 * jnp.finfo(wide).min)
 
         def attend(module: nn.Module, query: Array, key: Array, value: Array, bias: Array, scale: Array) -> Array:
             # A cosine rounded to bfloat16 and scaled by up to 100 would be off by 0.2.
@@ -270,7 +266,7 @@ class CosineWindowAttention(nn.Module):
             return jnp.matmul(weights, value)
 
         context = remat.attention(attend, self, query, key, value, bias, scale)
-        return dense(name="out")(merge_heads(axes.constrain_heads(context, axes.WINDOWS)))
+        return dense(name="out")(merge_heads(axes.constrain_heads(context, *names)))
 
 
 class SwinV2Block(nn.Module):
@@ -310,6 +306,8 @@ class SwinV2Block(nn.Module):
 
     Cost:
       (4 + 2 mlp_ratio) C^2 + 2 M^2 C multiply-accumulates a token of width C, with M^2 tokens a window.
+      Where logical rules split the map's axes over a mesh, regular windows of whole parts send nothing and shifted ones
+      the shift, there and back, see `ops/halo.py`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -387,9 +385,7 @@ class SwinV2Block(nn.Module):
         }
         drop_path = DropPath(self.drop_path_rate, batch_ndim=len(batch))
 
-        y = shift(pad_to_multiple(x, window), amount)
-        padded = y.shape[len(batch) : -1]
-        mask = shift_mask(size, window, amount, mask_padding=self.mask_padding)
+        split = map_split(x.shape, window)
         y = CosineWindowAttention(
             self.num_heads,
             window_size=window,
@@ -397,8 +393,13 @@ class SwinV2Block(nn.Module):
             attention_dropout_rate=self.attention_dropout_rate,
             name="attention",
             **common,
-        )(partition_windows(y, window), None if mask is None else jnp.asarray(mask), deterministic=deterministic)
-        y = crop(unshift(merge_windows(y, window, padded), amount), size)
+        )(
+            cut_windows(x, window, amount, split),
+            window_mask(size, window, amount, split, mask_padding=self.mask_padding),
+            names=window_names(split),
+            deterministic=deterministic,
+        )
+        y = join_windows(y, size, window, amount, split)
         y = norm(name="norm1")(nn.Dropout(self.dropout_rate)(y, deterministic=deterministic))
         x = axes.constrain_map(x + drop_path(y, drop_path_rate, deterministic=deterministic), rank)
 

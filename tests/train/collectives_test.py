@@ -184,12 +184,11 @@ def test_windows_and_their_shifts_send_nothing_but_what_the_pairs_need():
         ("all-reduce", ("tensor",)): 2 * 6 * block,
         ("all-reduce", ("data",)): total + 2 * (bias - table) // 2,
     }
-    # Split along the height, a shift sends the two rows that change sides, and so does undoing it. Their transposes
-    # send them twice, as the two parts of a roll.
+    # Split along the height, a shift sends the two rows that change sides, and so do undoing it and their transposes.
     _, height = found(MeshShape(data=4, tensor=2), sequence_parallel=True)
     sent = totals(height)
     assert sent["all-gather", ("tensor",)] == 2 * 4 * block
-    assert sent["collective-permute", ("tensor",)] == 2 * 2 * (1 + 2) * block // 8
+    assert sent["collective-permute", ("tensor",)] == 2 * 2 * 2 * block // 8
     assert set(sent) == {*totals(tensor), ("all-gather", ("tensor",)), ("collective-permute", ("tensor",))}
 
 

@@ -166,6 +166,25 @@ def test_batches_lie_over_data_and_fsdp(mesh):
     assert meshes.process_rows(mesh, 8) == (0, 1)
 
 
+def test_pictures_and_volumes_are_fed_split_along_their_height():
+    mesh = meshes.build(MeshShape(data=2, sequence=4))
+    rng = np.random.default_rng(0)
+    shapes = {"image": (4, 8, 6, 3), "volume": (4, 5, 8, 6, 1), "odd": (4, 6, 8, 3), "tokens": (4, 8, 3), "label": (4,)}
+    batch = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    placed = meshes.put_batch(batch, mesh)
+    rows = ("data", "fsdp")
+    assert {name: array.sharding.spec for name, array in placed.items()} == {
+        "image": P(rows, "sequence"),
+        "volume": P(rows, None, "sequence"),
+        "odd": P(rows),
+        "tokens": P(rows),
+        "label": P(rows),
+    }
+    assert placed["image"].addressable_shards[0].data.shape == (2, 2, 6, 3)
+    for name, array in batch.items():
+        np.testing.assert_array_equal(placed[name], array)
+
+
 def test_batch_that_does_not_divide_is_refused(mesh):
     meshes.check_batch_size("batch_size", 12, mesh)
     with pytest.raises(
