@@ -408,8 +408,8 @@ class RMT(nn.Module):
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
       >>> from jaxlayers.window import RMT
-      >>> fields = dict(depths=(1, 2), num_heads=(1, 2), mlp_ratio=(2, 2), decomposed=(True, False))
-      >>> model = RMT(10, (8, 16), decays=((2, 4), (2, 6)), layer_scale=(None, 1e-6), **fields)
+      >>> fields = dict(depths=(1, 2), num_heads=(1, 2), mlp_ratio=(2.0, 2.0), decomposed=(True, False))
+      >>> model = RMT(10, (8, 16), decays=((2.0, 4.0), (2.0, 6.0)), layer_scale=(None, 1e-6), **fields)
       >>> logits, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), jnp.ones((1, 30, 40, 3)))
       >>> levels = jax.eval_shape(nn.apply(RMT.features, model), variables, jnp.ones((1, 64, 64, 3)))
       >>> logits.shape, [(level.array.shape, level.stride) for level in levels]
