@@ -14,8 +14,9 @@ from jaxlayers.core.dtypes import at_least_float32
 from jaxlayers.core.initializers import lecun_normal, truncated_normal, zeros
 from jaxlayers.core.types import Dtype, Initializer, PRNGKey
 from jaxlayers.ops.patches import crop, from_patches
-from jaxlayers.window import swin
+from jaxlayers.window import swin, swin_v2
 from jaxlayers.window.swin import Swin
+from jaxlayers.window.swin_v2 import SwinV2
 
 
 class SimMIM(nn.Module):
@@ -61,7 +62,7 @@ class SimMIM(nn.Module):
       that the reference has for Swin V2 is left out.
     """
 
-    encoder: Swin
+    encoder: Swin | SwinV2
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
     kernel_init: Initializer = lecun_normal()
@@ -208,8 +209,8 @@ def _pair(size: int | tuple[int, ...]) -> tuple[int, ...]:
 
 # Reference checkpoints ------------------------------------------------------------------------------------------------
 
-# For each source, where the encoder's tensors are, as `swin.reference_name` spells them, and the token.
-_REFERENCE = {"official": ("encoder.", "encoder.mask_token"), "huggingface": ("", "swin.embeddings.mask_token")}
+# For each source, where the encoder's tensors are, as its own `from_reference` wants them, and the token.
+_REFERENCE = {"official": ("encoder.", "encoder.mask_token"), "huggingface": ("", "{encoder}.embeddings.mask_token")}
 _REFERENCE["huggingface_5"] = _REFERENCE["huggingface"]
 
 
@@ -219,7 +220,8 @@ def from_reference(tensors: Mapping[str, Any], model: SimMIM, *, source: str) ->
     Args:
       tensors: arrays by the reference's names (a state dict, converted to NumPy).
       model: the model they are for, whose encoder has `scan=False`.
-      source: "official", "huggingface" (the names in files) or "huggingface_5" (those of transformers 5 in memory).
+      source: "official", "huggingface" (the names in files) or, for Swin, "huggingface_5" (those of transformers 5 in
+        memory).
 
     Returns:
       A parameter tree of JAX arrays, in the dtype of the tensors.
@@ -230,6 +232,7 @@ def from_reference(tensors: Mapping[str, Any], model: SimMIM, *, source: str) ->
     if source not in _REFERENCE:
         raise ValueError(f"source={source!r} must be one of {sorted(_REFERENCE)}; pass one of them")
     prefix, token = _REFERENCE[source]
+    token = token.format(encoder="swinv2" if isinstance(model.encoder, SwinV2) else "swin")
     own = (token, "decoder.0.weight", "decoder.0.bias")
     missing = [name for name in own if name not in tensors]
     if missing:
@@ -244,10 +247,16 @@ def from_reference(tensors: Mapping[str, Any], model: SimMIM, *, source: str) ->
     weight, bias = (np.moveaxis(x.reshape(-1, math.prod(stride), *x.shape[1:]), 0, 1) for x in (weight, bias))
     weight = weight.reshape(-1, weight.shape[2])
     return {
-        "encoder": swin.from_reference(encoder, model.encoder, source=source),
+        "encoder": _read_encoder(encoder, model.encoder, source),
         "mask_token": jnp.asarray(np.asarray(tensors[token]).reshape(-1)),
         "decoder": {"kernel": jnp.asarray(weight.T), "bias": jnp.asarray(bias.reshape(-1))},
     }
+
+
+def _read_encoder(tensors: Mapping[str, Any], encoder: Swin | SwinV2, source: str) -> dict[str, Any]:
+    if isinstance(encoder, SwinV2):
+        return swin_v2.from_reference(tensors, encoder, source=source)
+    return swin.from_reference(tensors, encoder, source=source)
 
 
 VARIANTS: dict[str, dict[str, Any]] = {

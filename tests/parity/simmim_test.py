@@ -5,29 +5,36 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlayers.window import SimMIM, Swin, simmim
+from jaxlayers.window import SimMIM, Swin, SwinV2, simmim
 from tests.parity.swin_test import randomise, state, to_torch
 
 torch = pytest.importorskip("torch")
 
 SIZE = 64
 SHAPE = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "window_size": 5}
-MODEL = SimMIM(Swin(num_classes=0, **SHAPE))
+# Our encoder, their name, the source of the names in memory.
+KINDS = {"v1": (Swin, "Swin", "huggingface_5"), "v2": (SwinV2, "Swinv2", "huggingface")}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request):
+    return KINDS[request.param]
 
 
 @pytest.fixture(scope="module")
-def reference(transformers):
-    config = transformers.SwinConfig(image_size=SIZE, num_channels=3, encoder_stride=8, **SHAPE)
-    return randomise(transformers.SwinForMaskedImageModeling(config))
+def reference(transformers, kind):
+    config = getattr(transformers, f"{kind[1]}Config")(image_size=SIZE, num_channels=3, encoder_stride=8, **SHAPE)
+    return randomise(getattr(transformers, f"{kind[1]}ForMaskedImageModeling")(config))
 
 
 @pytest.fixture(scope="module")
-def found(reference):
+def found(reference, kind):
     """Return images, masks, and our reconstruction from the reference's weights."""
-    params = simmim.from_reference(state(reference), MODEL, source="huggingface_5")
+    model = SimMIM(kind[0](num_classes=0, **SHAPE))
+    params = simmim.from_reference(state(reference), model, source=kind[2])
     x = np.random.default_rng(0).normal(size=(2, SIZE, SIZE, 3)).astype(np.float32)
     masked = simmim.random_mask(jax.random.key(0), (2,), (SIZE, SIZE), mask_patch_size=16)
-    return x, masked, jax.jit(MODEL.apply)({"params": params}, jnp.asarray(x), masked)
+    return x, masked, jax.jit(model.apply)({"params": params}, jnp.asarray(x), masked)
 
 
 def theirs(reference, x, masked):

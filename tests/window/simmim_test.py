@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlayers.testing import BadInput, Case
-from jaxlayers.window import SimMIM, Swin, simmim, swin
+from jaxlayers.window import SimMIM, Swin, SwinV2, simmim, swin
 
 ENCODER = Swin(
     num_classes=0, patch_size=2, embed_dim=8, depths=(1, 1), num_heads=(1, 2), window_size=3, drop_path_rate=0.0
@@ -64,8 +64,12 @@ def pixels(masked, patch=2):
 # The claim -------------------------------------------------------------------------------------------------------
 
 
-def test_hidden_pixels_have_no_influence_on_the_output(tiny):
+@pytest.mark.parametrize("kind", [Swin, SwinV2])
+def test_hidden_pixels_have_no_influence_on_the_output(tiny, kind):
     model, params, x, masked = tiny
+    if kind is SwinV2:
+        model = SimMIM(SwinV2(num_classes=0, patch_size=2, embed_dim=8, depths=(1, 1), num_heads=(1, 2), window_size=3))
+        params = jax.jit(model.init)(jax.random.key(0), x, masked)["params"]
     apply = jax.jit(lambda x: model.apply({"params": params}, x, masked))
     out = np.asarray(apply(x))
     hidden = pixels(masked)[..., None]
