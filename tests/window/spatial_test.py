@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlayers.core import axes
 from jaxlayers.ops import halo
-from jaxlayers.window import Swin, SwinBlock, SwinV2, SwinV2Block, swin
+from jaxlayers.window import FIT, Swin, SwinBlock, SwinV2, SwinV2Block, swin
 from train import mesh as meshes
 from train.collectives import collectives, totals
 from train.config import MeshShape
@@ -298,3 +298,24 @@ def test_on_a_tpu_a_shifted_block_sends_the_shift_and_gathers_nothing():
     rows, columns = 2 * 4 * 32 * 128, 2 * 32 * 4 * 128
     assert totals(sent)["collective-permute", ("a",)] == 4 * rows
     assert totals(sent)["collective-permute", ("b",)] == 4 * columns
+
+
+def test_groups_of_a_split_picture_send_their_latents_alone():
+    fields = {"num_classes": 3, "image_size": (64, 8), "patch_size": 2, "group_size": 4, "latents_per_group": 2}
+    groups, width = 8, 8
+    model = FIT(**fields, embed_dim=(16, width), num_heads=(2, 2), layers="(1)1(1)")
+    local = model.clone(layers="(1)")
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(BATCH, 64, 8, 3)), jnp.float32)
+    rules = ((H, "a"), (axes.WINDOWS, "a"))
+    params = random_params(model, x)
+    found, sent = on_mesh(model, params, x, mesh_of(8), rules)
+    assert error(found, jit(differentiated(model))(params, x)) < 1e-5
+    assert kinds(sent) == {"all-gather", "all-reduce"}
+    latents = FLOAT * BATCH * groups * model.latents_per_group * width
+    assert max(each.bytes for each in sent if each.kind == "all-gather") == latents
+    # Without global layers nothing but gradients travels; without a place for groups the map is gathered.
+    params = random_params(local, x)
+    assert kinds(on_mesh(local, params, x, mesh_of(8), rules, run=False)[1]) == {"all-reduce"}
+    tokens = FLOAT * BATCH * 32 * 4 * 16
+    control = on_mesh(local, params, x, mesh_of(8), rules[:1], run=False)[1]
+    assert sum(each.bytes for each in control if each.kind == "all-gather") >= tokens
