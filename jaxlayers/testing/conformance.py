@@ -228,7 +228,7 @@ def check_sharding(case: Case) -> None:
         variables = {**case.variables, "params": params}
         return case.apply(variables, *inputs), jax.grad(functools.partial(_projection, case))(params, inputs)
 
-    expected = _jit(step)(case.variables["params"], inputs)
+    expected = jax.jit(step)(case.variables["params"], inputs)
 
     def place(leaf, spec):
         return jax.device_put(leaf, NamedSharding(mesh, spec))

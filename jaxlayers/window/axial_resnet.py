@@ -20,6 +20,7 @@ from jaxlayers.core.pyramid import Level
 from jaxlayers.core.remat import attention as remat_attention
 from jaxlayers.core.remat import remat_block
 from jaxlayers.core.types import Dtype, Initializer, Params
+from jaxlayers.nn.learned_table import learned_table
 from jaxlayers.nn.multi_head import attention_weights, merge_heads, split_heads
 from jaxlayers.ops.patches import pad_to_multiple, split_shape, to_blocks
 from jaxlayers.ops.resample import resample_relative_table
@@ -139,7 +140,8 @@ class PositionSensitiveAttention(nn.Module):
 
         def positions(name: str, width: int) -> Array:
             init = nn.initializers.normal(dim**-0.5)
-            table = self.param(f"{name}_position", init, (2 * self.max_length - 1, width), self.param_dtype)
+            shape, size = (2 * self.max_length - 1, width), f"max_length={self.max_length}"
+            table = learned_table(self, f"{name}_position", init, shape, self.param_dtype, size=size)
             middle = table[self.max_length - length : self.max_length + length - 1]
             offsets = np.arange(length)[:, None] - np.arange(length) + length - 1
             return middle[offsets]

@@ -21,6 +21,7 @@ from jaxlayers.core.remat import attention as remat_attention
 from jaxlayers.core.remat import remat_block
 from jaxlayers.core.types import ActivationFn, Dtype, Initializer, Params, PRNGKey
 from jaxlayers.nn.feed_forward import FeedForward, exact_gelu
+from jaxlayers.nn.learned_table import learned_table
 from jaxlayers.nn.multi_head import attention_weights, merge_heads, split_heads
 from jaxlayers.ops.patches import split_shape
 from jaxlayers.ops.resample import resample
@@ -645,7 +646,9 @@ class _Places(nn.Module):
     @nn.compact
     def __call__(self) -> Array:
         rows, columns = (
-            self.param(name, _embedding_init, (length, self.features), self.param_dtype)
+            learned_table(
+                self, name, _embedding_init, (length, self.features), self.param_dtype, size=f"image_size={self.size}"
+            )
             for name, length in zip(("rows", "columns"), self.size, strict=True)
         )
         return rows[:, None] + columns

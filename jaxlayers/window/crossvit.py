@@ -18,6 +18,7 @@ from jaxlayers.core.types import Dtype, Initializer, Params
 from jaxlayers.nn.attention import MultiHeadAttention
 from jaxlayers.nn.drop_path import DropPath, drop_path_rates
 from jaxlayers.nn.feed_forward import exact_gelu
+from jaxlayers.nn.learned_table import learned_table
 from jaxlayers.nn.patch_embed import PatchEmbed
 from jaxlayers.nn.transformer_block import TransformerBlock, layer_norm
 from jaxlayers.ops.patches import split_shape
@@ -317,7 +318,8 @@ class _Branch(nn.Module):
         x = x.reshape(*batch, -1, self.features)
         token = self.param("class_token", truncated_normal(), (self.features,), self.param_dtype)
         shape = (1 + self.grid[0] * self.grid[1], self.features)
-        positions = self.param("position_embedding", truncated_normal(), shape, self.param_dtype)
+        size = f"image_size={tuple(self.patch_size * length for length in self.grid)}"
+        positions = learned_table(self, "position_embedding", truncated_normal(), shape, self.param_dtype, size=size)
         x = jnp.concatenate([jnp.broadcast_to(token.astype(x.dtype), (*batch, 1, self.features)), x], axis=-2)
         return axes.constrain_tokens(x + positions.astype(x.dtype))
 

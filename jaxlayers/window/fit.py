@@ -23,6 +23,7 @@ from jaxlayers.core.pyramid import Level
 from jaxlayers.core.types import Dtype, Initializer, Params
 from jaxlayers.nn.attention import MultiHeadAttention
 from jaxlayers.nn.feed_forward import FeedForward
+from jaxlayers.nn.learned_table import learned_table
 from jaxlayers.nn.patch_embed import PatchEmbed
 from jaxlayers.nn.transformer_block import TransformerBlock
 from jaxlayers.ops.patches import crop, from_patches, pad_to_multiple, split_shape
@@ -359,15 +360,22 @@ class FIT(nn.Module):
         self.patch_embed = PatchEmbed(
             self.embed_dim[0], patch_size=patch, norm=self.norm, bias_init=self.bias_init, **dtypes
         )
-        self.position_embedding = self.param(
-            "position_embedding", truncated_normal(), (math.prod(group), self.embed_dim[0]), self.param_dtype
+        self.position_embedding = learned_table(
+            self,
+            "position_embedding",
+            truncated_normal(),
+            (math.prod(group), self.embed_dim[0]),
+            self.param_dtype,
+            size=f"group_size={self.group_size}",
         )
         self.latents = (
-            self.param(
+            learned_table(
+                self,
                 "latents",
                 truncated_normal(),
                 (math.prod(grid), self.latents_per_group, self.embed_dim[1]),
                 self.param_dtype,
+                size=f"image_size={self.image_size}",
             )
             if blocks[0][1]
             else None

@@ -23,6 +23,7 @@ from jaxlayers.core.pyramid import Level
 from jaxlayers.core.types import Dtype, Initializer, Params, PRNGKey
 from jaxlayers.nn.drop_path import DropPath, drop_path_rates
 from jaxlayers.nn.feed_forward import FeedForward
+from jaxlayers.nn.learned_table import learned_table
 from jaxlayers.nn.multi_head import attention_weights, merge_heads, split_heads
 from jaxlayers.ops.patches import crop, pad_to_multiple, split_shape, to_blocks
 from jaxlayers.ops.resample import resample
@@ -452,7 +453,9 @@ class HieraEmbed(nn.Module):
             name="projection",
         )(x)
         for name, grid in position_tables(image, stride).items():
-            table = self.param(name, truncated_normal(), (math.prod(grid), self.features), self.param_dtype)
+            table_shape = (math.prod(grid), self.features)
+            size_of = f"image_size={image}"
+            table = learned_table(self, name, truncated_normal(), table_shape, self.param_dtype, size=size_of)
             # The table of frames has no places, that of places no frames.
             shape = (*grid, 1, 1) if name.startswith("temporal") else grid
             x = x + table.reshape(*shape, self.features).astype(x.dtype)

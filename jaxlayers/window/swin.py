@@ -27,6 +27,7 @@ from jaxlayers.core.pyramid import Level
 from jaxlayers.core.types import Dtype, Initializer, Params, PRNGKey
 from jaxlayers.nn.drop_path import DropPath, drop_path_rates
 from jaxlayers.nn.feed_forward import FeedForward
+from jaxlayers.nn.learned_table import learned_table
 from jaxlayers.nn.multi_head import attention_weights, merge_heads, split_heads
 from jaxlayers.nn.patch_embed import PatchEmbed
 from jaxlayers.ops.halo import cut_windows, join_windows, map_split, window_mask, window_names
@@ -142,7 +143,8 @@ class WindowAttention(nn.Module):
             for name in ("query", "key", "value")
         )
         rows = math.prod(2 * length - 1 for length in self.window_size)
-        table = self.param(_TABLE, truncated_normal(), (rows, self.num_heads), self.param_dtype)
+        size = f"window_size={self.window_size}"
+        table = learned_table(self, _TABLE, truncated_normal(), (rows, self.num_heads), self.param_dtype, size=size)
         bias = relative_position_bias(table, window, self.window_size).astype(at_least_float32(query.dtype))
         bias = axes.constrain(bias, axes.HEADS, None, None)
         # Apart from the bias, whose gradient is then one sum over images and windows; half the lowest number cannot

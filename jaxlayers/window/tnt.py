@@ -17,6 +17,7 @@ from jaxlayers.core.labels import no_decay as no_decay
 from jaxlayers.core.pyramid import Level
 from jaxlayers.core.types import Dtype, Initializer, Params
 from jaxlayers.nn.drop_path import drop_path_rates
+from jaxlayers.nn.learned_table import learned_table
 from jaxlayers.nn.transformer_block import TransformerBlock
 from jaxlayers.ops.patches import pad_to_multiple, split_shape, to_blocks
 from jaxlayers.ops.resample import resample
@@ -230,8 +231,13 @@ class TNT(nn.Module):
         dense = functools.partial(nn.Dense, kernel_init=self.kernel_init, bias_init=self.bias_init, **dtypes)
         self.project = dense(outer)
         self.class_token = self.param("class_token", truncated_normal(), (outer,), self.param_dtype)
-        self.position_embedding = self.param(
-            "position_embedding", truncated_normal(), (1 + grid[0] * grid[1], outer), self.param_dtype
+        self.position_embedding = learned_table(
+            self,
+            "position_embedding",
+            truncated_normal(),
+            (1 + grid[0] * grid[1], outer),
+            self.param_dtype,
+            size=f"image_size={self.image_size}",
         )
         self.blocks = [
             TNTBlock(

@@ -30,6 +30,7 @@ from jaxlayers.core.pyramid import Level
 from jaxlayers.core.types import Dtype, Initializer, Params
 from jaxlayers.nn.drop_path import DropPath, drop_path_rates
 from jaxlayers.nn.feed_forward import FeedForward, exact_gelu
+from jaxlayers.nn.learned_table import learned_table
 from jaxlayers.nn.multi_head import attention_weights, merge_heads, split_heads
 from jaxlayers.nn.transformer_block import layer_norm
 from jaxlayers.ops.patches import pad_to_multiple, split_shape, to_blocks
@@ -428,8 +429,13 @@ class ViTResNAS(nn.Module):
         )
         rows, columns = _sizes(self)[0]
         self.class_token = self.param("class_token", truncated_normal(), (self.embed_dim[0],), self.param_dtype)
-        self.position_embedding = self.param(
-            "position_embedding", truncated_normal(), (1 + rows * columns, self.embed_dim[0]), self.param_dtype
+        self.position_embedding = learned_table(
+            self,
+            "position_embedding",
+            truncated_normal(),
+            (1 + rows * columns, self.embed_dim[0]),
+            self.param_dtype,
+            size=f"image_size={self.image_size}",
         )
         rates = iter(drop_path_rates(self.drop_path_rate, sum(map(len, self.num_heads))))
         stages = []
