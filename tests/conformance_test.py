@@ -32,14 +32,29 @@ def collect_cases():
 
 CASES = collect_cases()
 # One case's checks share its variables, so they stay in one worker process.
+GROUPS = {case.name: pytest.mark.xdist_group(case.name) for case in CASES}
 every_case = pytest.mark.parametrize(
-    "case", [pytest.param(case, id=case.name, marks=pytest.mark.xdist_group(case.name)) for case in CASES]
+    "case", [pytest.param(case, id=case.name, marks=GROUPS[case.name]) for case in CASES]
+)
+# What compiles most is left to the extended suite for modules that run inside that of another case.
+every_whole = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=(GROUPS[case.name], *([pytest.mark.slow] if case.within else ())))
+        for case in CASES
+    ],
 )
 
 
 def test_case_names_are_unique():
     names = [case.name for case in CASES]
     assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("part", [case for case in CASES if case.within], ids=lambda case: case.name)
+def test_parts_occur_within_the_case_that_covers_them(part):
+    (whole,) = (case for case in CASES if case.name == part.within)
+    conformance.check_part(part, whole)
 
 
 @every_case
@@ -52,17 +67,17 @@ def test_parameter_tree_is_the_stored_one(case, request):
     conformance.check_parameters(case, stored.read_text())
 
 
-@every_case
+@every_whole
 def test_jit_vmap_and_leading_axes_change_nothing(case):
     conformance.check_transformations(case)
 
 
-@every_case
+@every_whole
 def test_every_parameter_gets_a_gradient(case):
     conformance.check_gradients(case)
 
 
-@every_case
+@every_whole
 def test_bfloat16_and_float64_run(case):
     conformance.check_dtypes(case)
 
@@ -72,12 +87,12 @@ def test_declared_symmetries_hold_and_their_controls_fail(case):
     conformance.check_symmetries(case)
 
 
-@every_case
+@every_whole
 def test_sharded_equals_unsharded(case):
     conformance.check_sharding(case)
 
 
-@every_case
+@every_whole
 def test_round_trips_give_back_the_parameters(case, tmp_path):
     conformance.check_round_trips(case, tmp_path)
 
@@ -87,7 +102,7 @@ def test_wrong_uses_raise_the_stated_error(case):
     conformance.check_bad_inputs(case)
 
 
-@every_case
+@every_whole
 def test_lowers_for_tpu(case):
     conformance.check_tpu_lowering(case)
 

@@ -64,6 +64,8 @@ class Case:
       sharded_tolerance: error of sharded against unsharded, relative to the largest output.
       bad_inputs: wrong uses, each with the message it must raise.
       tpu: why the TPU compiler cannot take it; empty when it can.
+      within: name of the case whose module is made of this one, if there is one: its checks cover this one's
+        transformations, so that these may run less often.
     """
 
     name: str
@@ -78,6 +80,7 @@ class Case:
     sharded_tolerance: float = 1e-5
     bad_inputs: tuple[BadInput, ...] = ()
     tpu: str = ""
+    within: str = ""
 
     def make_inputs(self, dtype: Any = np.float32, *, seed: int = 0) -> tuple[Any, ...]:
         """Return the inputs with their floating leaves in `dtype`."""
@@ -129,6 +132,20 @@ def check_parameters(case: Case, stored: str) -> None:
         new = sorted(set(found.splitlines()) - set(stored.splitlines()))
         raise AssertionError(f"{case.name}: the parameter tree changed; gone {gone}; new {new}")
     _assert_finite(case.output, f"{case.name}: output")
+
+
+def check_part(case: Case, whole: Case) -> None:
+    """Check that the module of a case occurs inside that of the case that it is said to be within."""
+    seen = set()
+
+    def look(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        seen.add(type(context.module))
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(look):
+        parameter_tree(whole)
+    if case.name == whole.name or type(case.module) not in seen:
+        raise AssertionError(f"{case.name}: its module does not occur in {whole.name}, which it is said to be within")
 
 
 # 2 ----------------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ def first_row_norm(x):
 CASES = (
     Case(
         name="global_response_norm",
+        within="convnext_v2",
         module=GlobalResponseNorm(),
         inputs=lambda rng: (rng.normal(size=(2, 5, 5, 6)),),
         leading_axes=True,
@@ -37,6 +38,7 @@ CASES = (
     ),
     Case(
         name="convnext_block",
+        within="convnext",
         module=ConvNeXtBlock(kernel_size=3, mlp_ratio=2.0, layer_scale=0.5),
         inputs=lambda rng: (rng.normal(size=(2, 5, 4, 6)),),
         leading_axes=True,
@@ -51,6 +53,7 @@ CASES = (
     ),
     Case(
         name="convnext_v2_block_masked",
+        within="convnext_v2",
         module=ConvNeXtBlock(kernel_size=5, mlp_ratio=2.0, layer_scale=None, response_norm=GlobalResponseNorm),
         inputs=lambda rng: (rng.normal(size=(2, 4, 5, 6)), rng.random((2, 4, 5)) < 0.6),
         leading_axes=True,

@@ -185,3 +185,18 @@ def test_with_dtype_reaches_modules_among_the_fields():
 
     half = conformance.with_dtype(Holds(Layer()), jnp.bfloat16)
     assert half.dtype == half.inner.dtype == jnp.bfloat16
+
+
+def test_a_part_must_occur_within_its_whole():
+    def inputs(rng):
+        return (rng.normal(size=(2, 3)),)
+
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(4)(x)
+
+    part, whole = Case("part", nn.Dense(2), inputs, within="whole"), Case("whole", Outer(), inputs)
+    conformance.check_part(part, whole)
+    with pytest.raises(AssertionError, match="layer: its module does not occur in whole"):
+        conformance.check_part(Case("layer", Layer(), inputs, within="whole"), whole)

@@ -22,6 +22,7 @@ TINY = AxialResNet(num_classes=3, image_size=32, embed_dim=4, depths=(1, 1), num
 CASES = (
     Case(
         name="position_sensitive_attention",
+        within="axial_resnet",
         module=PositionSensitiveAttention(num_heads=2, max_length=5, axis="width"),
         inputs=lambda rng: (rng.normal(size=(2, 3, 4, 8)),),
         leading_axes=True,
@@ -41,6 +42,7 @@ CASES = (
     ),
     Case(
         name="axial_bottleneck",
+        within="axial_resnet",
         module=AxialBottleneck(features=8, num_heads=2, map_size=(5, 4), stride=2),
         inputs=lambda rng: (rng.normal(size=(2, 5, 4, 6)),),
         leading_axes=True,

@@ -40,6 +40,7 @@ SMALL = AxialTransformer((3, 4), channels=2, num_values=5, features=8, num_heads
 CASES = (
     Case(
         name="axial_attention",
+        within="axial_transformer",
         module=AxialAttention(num_heads=2, axis="depth", rank=3, causal=True),
         inputs=lambda rng: (rng.normal(size=(2, 4, 3, 2, 8)),),
         leading_axes=True,
@@ -54,6 +55,7 @@ CASES = (
     ),
     Case(
         name="axial_block",
+        within="axial_transformer",
         module=AxialBlock(num_heads=2, axis="height", mlp_ratio=2.0),
         inputs=lambda rng: (rng.normal(size=(2, 4, 4, 8)),),
         leading_axes=True,

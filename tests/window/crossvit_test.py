@@ -34,6 +34,7 @@ TINY = CrossViT(
 CASES = (
     Case(
         name="cross_fusion",
+        within="crossvit",
         module=CrossFusion(num_heads=3),
         inputs=lambda rng: (rng.normal(size=(2, 4, 8)), rng.normal(size=(2, 6, 12))),
         leading_axes=True,

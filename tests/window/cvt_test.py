@@ -33,6 +33,7 @@ TINY = Cvt(
 CASES = (
     Case(
         name="conv_token_embed",
+        within="cvt",
         module=ConvTokenEmbed(features=6, kernel_size=7, stride=4),
         inputs=lambda rng: (rng.normal(size=(2, 9, 8, 3)),),
         leading_axes=True,
@@ -46,6 +47,7 @@ CASES = (
     ),
     Case(
         name="conv_projection",
+        within="cvt",
         module=ConvProjection(stride=2),
         inputs=lambda rng: (rng.normal(size=(2, 5, 4, 6)),),
         leading_axes=True,
@@ -56,6 +58,7 @@ CASES = (
     ),
     Case(
         name="conv_attention",
+        within="cvt",
         module=ConvAttention(num_heads=2),
         inputs=lambda rng: (rng.normal(size=(2, 13, 8)),),
         keywords={"size": (3, 4)},
@@ -69,6 +72,7 @@ CASES = (
     ),
     Case(
         name="cvt_block",
+        within="cvt",
         module=CvtBlock(num_heads=2, mlp_ratio=2.0),
         inputs=lambda rng: (rng.normal(size=(2, 12, 8)),),
         keywords={"size": (4, 3)},

@@ -59,6 +59,7 @@ KEY_BIAS = {r"attention/key/bias$": "softmax does not see what all keys of a que
 CASES = (
     Case(
         name="fit_block",
+        within="fit",
         module=BLOCK,
         inputs=lambda rng: (rng.normal(size=(2, 3, 4, 4)), rng.normal(size=(2, 3, 2, 8)), rng.normal(size=(2, 3, 5))),
         leading_axes=True,

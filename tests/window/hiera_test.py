@@ -34,6 +34,7 @@ TINY = Hiera(num_classes=3, image_size=(32, 16), embed_dim=4, depths=(1, 2, 1), 
 CASES = (
     Case(
         name="mask_unit_attention",
+        within="hiera",
         module=MaskUnitAttention(num_heads=2, features=8, unit_size=(4, 2), q_stride=2),
         inputs=lambda rng: (rng.normal(size=(2, 6, 5, 6)),),
         leading_axes=True,
@@ -55,6 +56,7 @@ CASES = (
     ),
     Case(
         name="hiera_block",
+        within="hiera",
         module=HieraBlock(num_heads=2, features=8, unit_size=4, q_stride=2, mlp_ratio=2.0),
         inputs=lambda rng: (rng.normal(size=(2, 5, 6, 4)),),
         leading_axes=True,
@@ -68,6 +70,7 @@ CASES = (
     ),
     Case(
         name="hiera_stage",
+        within="hiera",
         module=HieraStage(8, num_heads=2, drop_path_rates=(0.0, 0.0), first_unit_size=2, q_stride=2, mlp_ratio=1.0),
         inputs=lambda rng: (rng.normal(size=(2, 4, 3, 4)),),
         leading_axes=True,
@@ -89,6 +92,7 @@ CASES = (
     ),
     Case(
         name="hiera_embed",
+        within="hiera",
         module=HieraEmbed(4, image_size=(3, 8, 9), patch_size=(3, 5, 5), patch_stride=(2, 4, 4)),
         inputs=lambda rng: (rng.normal(size=(2, 3, 8, 9, 2)),),
         leading_axes=True,

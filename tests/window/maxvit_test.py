@@ -34,6 +34,7 @@ TINY = MaxViT(
 CASES = (
     Case(
         name="mbconv",
+        within="maxvit",
         # Larger kernels than usual, so that the gradient of the weighing is more than rounding.
         module=MBConv(features=6, stride=2, expand_ratio=2.0, kernel_init=nn.initializers.lecun_normal()),
         inputs=lambda rng: (rng.normal(size=(2, 5, 4, 4)),),
@@ -48,6 +49,7 @@ CASES = (
     ),
     Case(
         name="partition_attention",
+        within="maxvit",
         module=PartitionAttention(num_heads=2, partition_size=(3, 2), grid=True, mlp_ratio=2.0),
         inputs=lambda rng: (rng.normal(size=(2, 5, 4, 8)),),
         leading_axes=True,
@@ -62,6 +64,7 @@ CASES = (
     ),
     Case(
         name="maxvit_block",
+        within="maxvit",
         module=MaxViTBlock(8, head_dim=4, window_size=2, grid_size=3, expand_ratio=2.0, mlp_ratio=1.0),
         inputs=lambda rng: (rng.normal(size=(2, 5, 4, 4)),),
         leading_axes=True,

@@ -42,6 +42,7 @@ TINY = RMT(
 CASES = (
     Case(
         name="manhattan_attention",
+        within="rmt",
         module=ManhattanAttention(num_heads=2, decomposed=True),
         inputs=lambda rng: (rng.normal(size=(2, 3, 4, 8)),),
         leading_axes=True,
@@ -56,6 +57,7 @@ CASES = (
     ),
     Case(
         name="rmt_block",
+        within="rmt",
         module=RMTBlock(num_heads=2, mlp_ratio=1.5, layer_scale=0.5),
         inputs=lambda rng: (rng.normal(size=(2, 4, 3, 8)),),
         leading_axes=True,

@@ -16,6 +16,7 @@ from jaxlayers.window.shiftvit import shift_features
 CASES = (
     Case(
         name="shiftvit_block",
+        within="shiftvit",
         module=ShiftViTBlock(divisions=4, mlp_ratio=2.0),
         inputs=lambda rng: (rng.normal(size=(2, 5, 4, 6)),),
         leading_axes=True,

@@ -62,6 +62,7 @@ TINY = Swin3D(
 CASES = (
     Case(
         name="sparse_window_attention",
+        within="swin3d",
         # Chunks of 8, so that windows of up to 27 voxels span several.
         module=SparseWindowAttention(num_heads=2, window_size=3, shift_size=1, quant_sizes=(2, 4, 4), chunk_size=8),
         inputs=two_scenes,
@@ -78,6 +79,7 @@ CASES = (
     ),
     Case(
         name="swin3d_block",
+        within="swin3d",
         module=Swin3DBlock(num_heads=2, window_size=3, quant_sizes=(2, 4, 4), mlp_ratio=2.0),
         inputs=two_scenes,
         leading_axes=True,

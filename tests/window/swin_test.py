@@ -23,6 +23,7 @@ KEY_BIAS = {"key/bias$": "it adds one number to all logits of a query, which the
 CASES = (
     Case(
         name="window_attention",
+        within="swin",
         module=WindowAttention(num_heads=2, window_size=(2, 3)),
         inputs=lambda rng: (rng.normal(size=(2, 2, 6, 8)),),
         leading_axes=True,
@@ -34,6 +35,7 @@ CASES = (
     ),
     Case(
         name="swin_block",
+        within="swin",
         module=SwinBlock(num_heads=2, window_size=(3, 2), shift_size=1, mlp_ratio=2.0),
         inputs=lambda rng: (rng.normal(size=(2, 5, 4, 8)),),
         leading_axes=True,
@@ -48,6 +50,7 @@ CASES = (
     ),
     Case(
         name="patch_merging",
+        within="swin",
         module=PatchMerging(),
         inputs=lambda rng: (rng.normal(size=(2, 3, 4, 6)),),
         leading_axes=True,

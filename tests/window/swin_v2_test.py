@@ -32,6 +32,7 @@ from jaxlayers.window.swin import layer_norm
 CASES = (
     Case(
         name="continuous_position_bias",
+        within="swin_v2",
         module=ContinuousPositionBias(num_heads=2, hidden_features=8),
         inputs=lambda rng: (rng.uniform(-2, 2, size=(2, 5, 3)),),
         leading_axes=True,
@@ -42,6 +43,7 @@ CASES = (
     ),
     Case(
         name="cosine_window_attention",
+        within="swin_v2",
         module=CosineWindowAttention(num_heads=2, window_size=(2, 3)),
         inputs=lambda rng: (rng.normal(size=(2, 2, 6, 8)),),
         leading_axes=True,
@@ -56,6 +58,7 @@ CASES = (
     ),
     Case(
         name="swin_v2_block",
+        within="swin_v2",
         module=SwinV2Block(num_heads=2, window_size=(3, 2), shift_size=1, mlp_ratio=2.0),
         inputs=lambda rng: (rng.normal(size=(2, 5, 4, 8)),),
         leading_axes=True,
@@ -72,6 +75,7 @@ CASES = (
     ),
     Case(
         name="patch_merging_v2",
+        within="swin_v2",
         module=PatchMergingV2(),
         inputs=lambda rng: (rng.normal(size=(2, 3, 4, 6)),),
         leading_axes=True,

@@ -31,6 +31,7 @@ BLOCK = TNTBlock(num_heads=(2, 3), mlp_ratio=2.0)
 CASES = (
     Case(
         name="tnt_block",
+        within="tnt",
         module=BLOCK,
         inputs=lambda rng: (rng.normal(size=(2, 5, 3, 4)), rng.normal(size=(2, 6, 6))),
         leading_axes=True,

@@ -53,6 +53,7 @@ def pair(rng):
 CASES = (
     Case(
         name="residual_spatial_reduction",
+        within="vit_resnas",
         module=ResidualSpatialReduction(features=6),
         inputs=lambda rng: (rng.normal(size=(2, 13, 4)),),
         keywords={"size": (3, 4)},
@@ -65,6 +66,7 @@ CASES = (
     ),
     Case(
         name="vit_resnas_block",
+        within="vit_resnas",
         module=ViTResNASBlock(num_heads=3, head_dim=2, hidden_features=7),
         inputs=lambda rng: (rng.normal(size=(2, 5, 8)), (np.array([8, 8]), np.array([3, 1]), np.array([4, 7]))),
         symmetries=(
