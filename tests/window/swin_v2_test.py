@@ -107,7 +107,7 @@ CASES = (
     ),
     Case(
         name="swin_v2_scan",
-        module=SwinV2(num_classes=2, patch_size=1, embed_dim=4, depths=(2,), num_heads=(2,), window_size=2, scan=True),
+        module=SwinV2(num_classes=2, patch_size=1, embed_dim=8, depths=(2,), num_heads=(2,), window_size=2, scan=True),
         inputs=lambda rng: (rng.normal(size=(2, 4, 4, 1)),),
         bad_inputs=(BadInput(match="2 spatial axes needs", inputs=lambda rng: (np.ones((4, 4)),)),),
     ),
