@@ -1,3 +1,4 @@
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -48,3 +49,9 @@ def test_parameters_of_another_window_or_image_are_refused_by_models(model, chan
     size = change.get("image_size", 32)
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(other.apply, variables, jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32))
+
+
+def test_another_width_is_not_called_a_matter_of_size():
+    variables = Placed(3).init(jax.random.key(0), jnp.zeros((3, 2)))
+    with pytest.raises(flax.errors.ScopeParamShapeError, match="table"):
+        Placed(3).apply(variables, jnp.zeros((3, 4)))
