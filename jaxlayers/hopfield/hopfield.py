@@ -23,6 +23,7 @@ from jaxlayers.core.types import ActivationFn, Dtype, Initializer, Params
 from jaxlayers.nn.multi_head import attention_weights, merge_heads, split_heads
 
 Beta = float | int | Float[Array, "*#batch"]
+AssociationFn = Callable[..., Array]
 
 _PROJECTIONS = ("query", "key", "value", "out")
 _layer_norm = functools.partial(nn.LayerNorm, epsilon=1e-5)
@@ -34,6 +35,7 @@ def association(
     *,
     beta: Beta,
     mask: Bool[Array, "*#batch #states #patterns"] | None = None,
+    association_fn: AssociationFn = attention_weights,
 ) -> Float[Array, "*#batch states patterns"]:
     """Return p = softmax(beta X^T xi) of every state, computed in float32 or better.
 
@@ -42,6 +44,8 @@ def association(
       stored: stored patterns, the columns of X.
       beta: inverse temperature of at least 0, one number or one for each batch element; 0 gives the uniform p.
       mask: True = may be retrieved. A state that may retrieve nothing gets p = 0.
+      association_fn: what stands for the softmax, called as `association_fn(logits, mask=mask)`: the functions of
+        `jaxlayers.ops.entmax` give sparse memories.
 
     Returns:
       One distribution over the stored patterns for each state.
@@ -50,7 +54,7 @@ def association(
       ValueError: if the widths of the patterns differ or a plain number `beta` is negative.
     """
     logits = _logits(state, stored, beta)
-    return attention_weights(logits, mask=None if mask is None else _fit_mask(mask, logits.shape))
+    return association_fn(logits, mask=None if mask is None else _fit_mask(mask, logits.shape))
 
 
 def update(
@@ -59,9 +63,10 @@ def update(
     *,
     beta: Beta,
     mask: Bool[Array, "*#batch #states #patterns"] | None = None,
+    association_fn: AssociationFn = attention_weights,
 ) -> Float[Array, "*#batch states features"]:
     """Return f(xi) = X softmax(beta X^T xi) (Eq. 3), which never raises the energy; arguments as `association`."""
-    return _recall(association(state, stored, beta=beta, mask=mask), stored)
+    return _recall(association(state, stored, beta=beta, mask=mask, association_fn=association_fn), stored)
 
 
 def energy(
@@ -217,6 +222,7 @@ def retrieve(
     mask: Bool[Array, "*#batch #states #patterns"] | None = None,
     update_steps: int = 1,
     tolerance: float | None = None,
+    association_fn: AssociationFn = attention_weights,
 ) -> Retrieval:
     """Iterate the update from `state`, a fixed number of times or until each state has settled.
 
@@ -236,6 +242,7 @@ def retrieve(
       mask: True = may be retrieved. A state that may retrieve nothing becomes zero.
       update_steps: updates, at least 1; with `tolerance` the most there may be, at least 2.
       tolerance: `None`, or the largest movement of p at which a state stops, at least 0.
+      association_fn: see `association`.
 
     Returns:
       The states reached, their associations and their number of updates.
@@ -243,7 +250,7 @@ def retrieve(
     Raises:
       ValueError: if the widths of the patterns differ or an argument is out of its range.
     """
-    weights, steps = _iterate(state, stored, beta, mask, update_steps, tolerance)
+    weights, steps = _iterate(state, stored, beta, mask, update_steps, tolerance, association_fn)
     return Retrieval(_recall(weights, stored), weights, steps)
 
 
@@ -275,6 +282,7 @@ class Hopfield(nn.Module):
       tolerance: `None` = exactly `update_steps` updates, differentiated through. Else each state of each head stops on
         its own once an update moves its association by at most this much, and gradients are those of the fixed point
         (see `retrieve`): none reach the state patterns.
+      association_fn: what stands for the softmax, called as `association_fn(logits, mask=mask)`; see `association`.
       state_norm: makes the normalisation of raw state patterns, called with dtype, param_dtype and name. `None` = none.
       stored_norm: the same for raw stored patterns.
       value_norm: the same for raw values.
@@ -323,6 +331,7 @@ class Hopfield(nn.Module):
     learn_beta: bool = False
     update_steps: int = 1
     tolerance: float | None = None
+    association_fn: AssociationFn = attention_weights
     state_norm: Callable[..., nn.Module] | None = _layer_norm
     stored_norm: Callable[..., nn.Module] | None = _layer_norm
     value_norm: Callable[..., nn.Module] | None = _layer_norm
@@ -380,7 +389,9 @@ class Hopfield(nn.Module):
             mask = key_mask[..., None, None, :] if mask is None else mask & key_mask[..., None, None, :]
 
         def retrieve_values(module: nn.Module, query: Array, key: Array, value: Array, betas: Array) -> Array:
-            weights, steps = _iterate(query, key, betas, mask, self.update_steps, self.tolerance)
+            weights, steps = _iterate(
+                query, key, betas, mask, self.update_steps, self.tolerance, self.association_fn
+            )
             module.sow("intermediates", "association", weights)
             module.sow("intermediates", "steps", steps)
             weights = nn.Dropout(self.dropout_rate)(weights, deterministic=deterministic)
@@ -814,7 +825,13 @@ def _fit_mask(mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _iterate(
-    state: jax.Array, stored: jax.Array, beta: Any, mask: jax.Array | None, update_steps: int, tolerance: float | None
+    state: jax.Array,
+    stored: jax.Array,
+    beta: Any,
+    mask: jax.Array | None,
+    update_steps: int,
+    tolerance: float | None,
+    association_fn: AssociationFn,
 ) -> tuple[Float[Array, "*#batch states patterns"], Int[Array, "*#batch states"]]:
     """Return the association of the last update and the number of updates; the rest of `retrieve` is one product."""
     if update_steps < 1:
@@ -827,13 +844,13 @@ def _iterate(
             "update_steps to the most there may be"
         )
     if update_steps == 1:
-        weights = association(state, stored, beta=beta, mask=mask)
+        weights = association(state, stored, beta=beta, mask=mask, association_fn=association_fn)
         return weights, jnp.ones(weights.shape[:-1], jnp.int32)
 
     # Rounding adds up over updates, so these run in float32 or better whatever the inputs are in.
     dtype = at_least_float32(jnp.promote_types(state.dtype, stored.dtype))
     state, stored = state.astype(dtype), stored.astype(dtype)
-    associate = functools.partial(association, stored=stored, beta=beta, mask=mask)
+    associate = functools.partial(association, stored=stored, beta=beta, mask=mask, association_fn=association_fn)
     shape = jax.eval_shape(associate, state).shape[:-1]
     state = jnp.broadcast_to(state, (*shape, state.shape[-1]))
     if tolerance is None:
@@ -860,7 +877,8 @@ def _iterate(
         return xi, steps.astype(dtype)
 
     def solve_tangent(linear: Callable[[jax.Array], jax.Array], y: jax.Array) -> jax.Array:
-        # `linear` is J - 1 with J = beta X (diag(p) - p p^T) X^T, symmetric and, at a minimum of the energy, below 1:
+        # `linear` is J - 1 with J = beta X (diag(p) - p p^T) X^T (for a sparse p its like on the support), symmetric
+        # and, at a minimum of the energy, below 1:
         # the series u <- J u - y converges as fast as the iteration did.
         return jax.lax.custom_linear_solve(linear, y, solve=series, symmetric=True)
 
