@@ -36,7 +36,7 @@ LOGICAL_RULES: LogicalRules = (
     (axes.HEIGHT, "sequence"),
     (axes.WIDTH, None),
     (axes.DEPTH, None),
-    (axes.PATTERNS, None),
+    (axes.PATTERNS, "sequence"),
     (axes.FEATURES, None),
 )
 
@@ -60,6 +60,8 @@ TENSOR_RULES: Rules = (
     (r"(^|/)(out|down)/kernel$", ("tensor", "fsdp")),
     # A column a head, like the attention that reads it: else its gradient is gathered.
     (r"(^|/)relative_position_bias_table$", (None, "tensor")),
+    # A memory lies where its patterns are looked at; see jaxlayers.hopfield.streaming.
+    (r"(^|/)stored_(patterns|values)$", ("sequence", None)),
 )
 
 SMALLEST_SPLIT = 1024

@@ -5,3 +5,4 @@ from jaxlayers.hopfield.hopfield import HopfieldBagClassifier as HopfieldBagClas
 from jaxlayers.hopfield.hopfield import HopfieldClassifier as HopfieldClassifier
 from jaxlayers.hopfield.hopfield import HopfieldLayer as HopfieldLayer
 from jaxlayers.hopfield.hopfield import HopfieldPooling as HopfieldPooling
+from jaxlayers.hopfield.streaming import Streaming as Streaming

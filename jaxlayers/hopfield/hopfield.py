@@ -20,6 +20,8 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxlayers.core import axes, remat
 from jaxlayers.core.dtypes import at_least_float32
 from jaxlayers.core.types import ActivationFn, Dtype, Initializer, Params
+from jaxlayers.hopfield.streaming import Streaming, iterate
+from jaxlayers.kernels.streamed_association import check_operands, streamed_association
 from jaxlayers.nn.multi_head import attention_weights, merge_heads, split_heads
 
 Beta = float | int | Float[Array, "*#batch"]
@@ -64,8 +66,14 @@ def update(
     beta: Beta,
     mask: Bool[Array, "*#batch #states #patterns"] | None = None,
     association_fn: AssociationFn = attention_weights,
+    streaming: Streaming | None = None,
 ) -> Float[Array, "*#batch states features"]:
-    """Return f(xi) = X softmax(beta X^T xi) (Eq. 3), which never raises the energy; arguments as `association`."""
+    """Return f(xi) = X softmax(beta X^T xi) (Eq. 3), which never raises the energy.
+
+    Arguments as those of `association`; with `streaming`, the patterns are looked at chunk by chunk.
+    """
+    if streaming is not None:
+        return retrieve(state, stored, beta=beta, mask=mask, association_fn=association_fn, streaming=streaming).state
     return _recall(association(state, stored, beta=beta, mask=mask, association_fn=association_fn), stored)
 
 
@@ -75,6 +83,7 @@ def energy(
     *,
     beta: Beta,
     mask: Bool[Array, "*#batch #states #patterns"] | None = None,
+    streaming: Streaming | None = None,
 ) -> Float[Array, "*#batch states"]:
     """Return E = -lse(beta, X^T xi) + 1/2 xi^T xi + ln(N) / beta + 1/2 M^2 (Eq. 2) of every state.
 
@@ -87,6 +96,7 @@ def energy(
       stored: stored patterns.
       beta: inverse temperature, positive.
       mask: True = may be retrieved.
+      streaming: look at the patterns chunk by chunk; `None` = at all together.
 
     Returns:
       The energy, float32 or better.
@@ -96,17 +106,26 @@ def energy(
     """
     if isinstance(beta, int | float) and not beta > 0:
         raise ValueError(f"beta={beta} must be positive for an energy, which divides by it; set beta")
-    logits = _logits(state, stored, beta)
-    inverse = 1 / jnp.asarray(beta, logits.dtype)
-    allowed = jnp.ones(logits.shape, bool) if mask is None else _fit_mask(mask, logits.shape)
-    some = jnp.any(allowed, axis=-1)
-    # A fully masked row would be -inf + inf, and its gradient NaN: let it see everything, then take it out.
-    safe = allowed | ~some[..., None]
-    count = jnp.sum(safe, axis=-1).astype(logits.dtype)
-    attraction = inverse[..., None] * (jnp.log(count) - jax.nn.logsumexp(logits, axis=-1, where=safe))
-    squares = jnp.sum(jnp.square(stored.astype(logits.dtype)), axis=-1)[..., None, :]
-    largest = jnp.max(jnp.broadcast_to(squares, logits.shape), axis=-1, where=safe, initial=0.0)
-    quadratic = 0.5 * jnp.sum(jnp.square(state.astype(logits.dtype)), axis=-1)
+    check_operands(state, stored, beta)
+    dtype = at_least_float32(jnp.promote_types(state.dtype, stored.dtype))
+    inverse = 1 / jnp.asarray(beta, dtype)
+    squares = jnp.sum(jnp.square(stored.astype(dtype)), axis=-1)[..., None, :]
+    # What belongs to the memory alone stays of the mask's shape: a mask for all states costs nothing a state.
+    count = stored.shape[-2]
+    allowed = jnp.ones((1, count), bool) if mask is None else _fit_mask(mask, (*mask.shape[:-1], count))
+    some, number = jnp.any(allowed, axis=-1), jnp.sum(allowed, axis=-1).astype(dtype)
+    shape = jnp.broadcast_shapes(squares.shape, allowed.shape)
+    largest = jnp.max(jnp.broadcast_to(squares, shape), axis=-1, where=allowed, initial=0.0)
+    if streaming is None:
+        logits = _logits(state, stored, beta)
+        # A fully masked row would be -inf + inf, and its gradient NaN: let it see everything, then take it out.
+        log_sum_exp = jax.nn.logsumexp(logits, axis=-1, where=_fit_mask(allowed | ~some[..., None], logits.shape))
+    else:
+        # Values without features: nothing but the normaliser is computed.
+        nothing, keywords = jnp.zeros((count, 0), dtype), streaming.on(count) | {"kernel": "jnp"}
+        log_sum_exp = streamed_association(state, stored, nothing, beta=beta, mask=mask, **keywords).log_sum_exp
+    attraction = inverse[..., None] * (jnp.log(jnp.maximum(number, 1)) - jnp.where(some, log_sum_exp, 0.0))
+    quadratic = 0.5 * jnp.sum(jnp.square(state.astype(dtype)), axis=-1)
     return quadratic + jnp.where(some, attraction + 0.5 * largest, 0.0)
 
 
@@ -206,11 +225,12 @@ class Retrieval(NamedTuple):
     Attributes:
       state: state patterns after the last update, `[*batch, states, features]`.
       association: p of the last update, `[*batch, states, patterns]`; `state` is its mean of the stored patterns.
+        `None` if streamed.
       steps: number of updates that each state took, `[*batch, states]`.
     """
 
     state: Array
-    association: Array
+    association: Array | None
     steps: Array
 
 
@@ -223,6 +243,7 @@ def retrieve(
     update_steps: int = 1,
     tolerance: float | None = None,
     association_fn: AssociationFn = attention_weights,
+    streaming: Streaming | None = None,
 ) -> Retrieval:
     """Iterate the update from `state`, a fixed number of times or until each state has settled.
 
@@ -243,6 +264,8 @@ def retrieve(
       update_steps: updates, at least 1; with `tolerance` the most there may be, at least 2.
       tolerance: `None`, or the largest movement of p at which a state stops, at least 0.
       association_fn: see `association`.
+      streaming: look at the patterns chunk by chunk, which may lie split over devices; `None` = at all together. Values
+        and gradients are the same, those with a tolerance in reverse mode only.
 
     Returns:
       The states reached, their associations and their number of updates.
@@ -250,6 +273,14 @@ def retrieve(
     Raises:
       ValueError: if the widths of the patterns differ or an argument is out of its range.
     """
+    if streaming is not None:
+        _check_streaming(association_fn)
+        _check_steps(update_steps, tolerance)
+        state = state.astype(at_least_float32(jnp.promote_types(state.dtype, stored.dtype)))
+        found, steps = iterate(
+            state, stored, streaming=streaming, beta=beta, mask=mask, update_steps=update_steps, tolerance=tolerance
+        )
+        return Retrieval(found.values, None, steps)
     weights, steps = _iterate(state, stored, beta, mask, update_steps, tolerance, association_fn)
     return Retrieval(_recall(weights, stored), weights, steps)
 
@@ -283,6 +314,8 @@ class Hopfield(nn.Module):
         its own once an update moves its association by at most this much, and gradients are those of the fixed point
         (see `retrieve`): none reach the state patterns.
       association_fn: what stands for the softmax, called as `association_fn(logits, mask=mask)`; see `association`.
+      streaming: compute associations chunk by chunk, for memories that are large or lie split over devices. `None` = as
+        one matrix.
       state_norm: makes the normalisation of raw state patterns, called with dtype, param_dtype and name. `None` = none.
       stored_norm: the same for raw stored patterns.
       value_norm: the same for raw values.
@@ -295,11 +328,12 @@ class Hopfield(nn.Module):
 
     Collections:
       `dropout` stream, if `dropout_rate` > 0 and not deterministic. Sows into `intermediates` the `association`
-      `[*batch, heads, states, patterns]` before dropout and the number of updates `steps` `[*batch, heads, states]`.
+      `[*batch, heads, states, patterns]` before dropout (streamed: the logarithm of its normaliser, `log_sum_exp`
+      `[*batch, heads, states]`) and the number of updates `steps` `[*batch, heads, states]`.
 
     Cost:
       O(S N head_dim num_heads) multiply-accumulates per update, and memory O(S N num_heads), times `update_steps` for
-      the gradient without `tolerance`.
+      the gradient without `tolerance`; streamed, the N in it is `streaming.chunk_size`, and is not multiplied.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -332,6 +366,7 @@ class Hopfield(nn.Module):
     update_steps: int = 1
     tolerance: float | None = None
     association_fn: AssociationFn = attention_weights
+    streaming: Streaming | None = None
     state_norm: Callable[..., nn.Module] | None = _layer_norm
     stored_norm: Callable[..., nn.Module] | None = _layer_norm
     value_norm: Callable[..., nn.Module] | None = _layer_norm
@@ -351,6 +386,7 @@ class Hopfield(nn.Module):
         *,
         mask: Bool[Array, "*#batch #heads #states #patterns"] | None = None,
         key_mask: Bool[Array, "*#batch patterns"] | None = None,
+        exclude: Int[Array, "*#batch states"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "*#batch states out_features"]:
         """Retrieve for every state pattern.
@@ -361,6 +397,7 @@ class Hopfield(nn.Module):
           inputs_v: raw values, one for each stored pattern. `None` = `inputs_k`.
           mask: True = the state may retrieve the pattern, in that head.
           key_mask: True = a pattern; False = padding of a smaller set, whose (finite) content has no influence.
+          exclude: index of the one stored pattern that a state may not retrieve, such as itself; -1 = none.
           deterministic: no dropout.
 
         Returns:
@@ -388,16 +425,42 @@ class Hopfield(nn.Module):
             key_mask = _fit_mask(key_mask, (*key_mask.shape[:-1], inputs_k.shape[-2]))
             mask = key_mask[..., None, None, :] if mask is None else mask & key_mask[..., None, None, :]
 
-        def retrieve_values(module: nn.Module, query: Array, key: Array, value: Array, betas: Array) -> Array:
-            weights, steps = _iterate(
-                query, key, betas, mask, self.update_steps, self.tolerance, self.association_fn
+        if exclude is not None:
+            exclude = exclude[..., None, :]
+            if self.streaming is None:
+                others = jnp.arange(inputs_k.shape[-2]) != exclude[..., None]
+                mask = others if mask is None else mask & others
+        if self.streaming is not None:
+            _check_streaming(self.association_fn)
+        _check_steps(self.update_steps, self.tolerance)
+
+        dropout_rate = 0.0 if deterministic else self.dropout_rate
+
+        def stream_values(module: nn.Module, query: Array, key: Array, value: Array, betas: Array) -> Array:
+            found, steps = iterate(
+                *(query, key, value),
+                streaming=self.streaming,
+                beta=betas,
+                mask=mask,
+                exclude=exclude,
+                update_steps=self.update_steps,
+                tolerance=self.tolerance,
+                dropout_rate=dropout_rate,
+                dropout_key=module.make_rng("dropout") if dropout_rate else None,
             )
+            module.sow("intermediates", "log_sum_exp", found.log_sum_exp)
+            module.sow("intermediates", "steps", steps)
+            return found.values
+
+        def retrieve_values(module: nn.Module, query: Array, key: Array, value: Array, betas: Array) -> Array:
+            weights, steps = _iterate(query, key, betas, mask, self.update_steps, self.tolerance, self.association_fn)
             module.sow("intermediates", "association", weights)
             module.sow("intermediates", "steps", steps)
             weights = nn.Dropout(self.dropout_rate)(weights, deterministic=deterministic)
             return jnp.einsum("...sp,...pd->...sd", weights.astype(value.dtype), value)
 
-        result = merge_heads(remat.attention(retrieve_values, self, query, key, value, self._betas(head_dim)))
+        recall = retrieve_values if self.streaming is None else stream_values
+        result = merge_heads(remat.attention(recall, self, query, key, value, self._betas(head_dim)))
         if "out" in self.projections:
             result = _dense(self, "out", out_features)(result)
         return axes.constrain(result, axes.BATCH, None, None) if result.ndim > 2 else result
@@ -411,7 +474,7 @@ class Hopfield(nn.Module):
         if name not in self.projections:
             return jnp.broadcast_to(x[..., None, :, :], (*x.shape[:-2], self.num_heads, *x.shape[-2:]))
         heads = split_heads(_dense(self, name, self.num_heads * width)(x), self.num_heads)
-        return axes.constrain(heads, axes.HEADS, None, None)
+        return axes.constrain(heads, axes.HEADS, None if name == "query" else axes.PATTERNS, None)
 
     def _widths(self, state: int, stored: int, value: int) -> tuple[int, int, int]:
         """Return the widths of the association space, of a value and of the output."""
@@ -800,16 +863,30 @@ def _recall(weights: jax.Array, stored: jax.Array) -> jax.Array:
 
 def _logits(state: jax.Array, stored: jax.Array, beta: Any) -> jax.Array:
     """Return beta X^T xi in float32 or better."""
-    if state.shape[-1] != stored.shape[-1]:
-        raise ValueError(
-            f"state patterns have {state.shape[-1]} features and stored patterns {stored.shape[-1]}, which must be "
-            "equal; project one of them"
-        )
-    if isinstance(beta, int | float) and not beta >= 0:
-        raise ValueError(f"beta={beta} must be at least 0; set beta")
+    check_operands(state, stored, beta)
     dtype = at_least_float32(jnp.promote_types(state.dtype, stored.dtype))
     products = jnp.einsum("...sd,...pd->...sp", state, stored, preferred_element_type=dtype)
     return products * jnp.asarray(beta, dtype)[..., None, None]
+
+
+def _check_streaming(association_fn: AssociationFn) -> None:
+    if association_fn is not attention_weights:
+        raise ValueError(
+            f"association_fn={association_fn} must be the default softmax when streamed, since others need all "
+            "logits of a state together; set streaming=None"
+        )
+
+
+def _check_steps(update_steps: int, tolerance: float | None) -> None:
+    if update_steps < 1:
+        raise ValueError(f"update_steps={update_steps} must be at least 1; set update_steps")
+    if tolerance is not None and not tolerance >= 0:
+        raise ValueError(f"tolerance={tolerance} must be at least 0; set tolerance")
+    if tolerance is not None and update_steps < 2:
+        raise ValueError(
+            f"update_steps={update_steps} must be at least 2 with a tolerance, which compares two updates; set "
+            "update_steps to the most there may be"
+        )
 
 
 def _fit_mask(mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -834,15 +911,7 @@ def _iterate(
     association_fn: AssociationFn,
 ) -> tuple[Float[Array, "*#batch states patterns"], Int[Array, "*#batch states"]]:
     """Return the association of the last update and the number of updates; the rest of `retrieve` is one product."""
-    if update_steps < 1:
-        raise ValueError(f"update_steps={update_steps} must be at least 1; set update_steps")
-    if tolerance is not None and not tolerance >= 0:
-        raise ValueError(f"tolerance={tolerance} must be at least 0; set tolerance")
-    if tolerance is not None and update_steps < 2:
-        raise ValueError(
-            f"update_steps={update_steps} must be at least 2 with a tolerance, which compares two updates; set "
-            "update_steps to the most there may be"
-        )
+    _check_steps(update_steps, tolerance)
     if update_steps == 1:
         weights = association(state, stored, beta=beta, mask=mask, association_fn=association_fn)
         return weights, jnp.ones(weights.shape[:-1], jnp.int32)

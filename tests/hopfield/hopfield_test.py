@@ -716,7 +716,7 @@ def test_functions_refuse_what_does_not_fit():
     x, y = jnp.ones((2, 3)), jnp.ones((4, 5))
     with pytest.raises(ValueError, match="state patterns have 3 features and stored patterns 5, which must be equal"):
         association(x, y, beta=1.0)
-    with pytest.raises(ValueError, match=r"beta=-1.0 must be at least 0; set beta"):
+    with pytest.raises(ValueError, match=r"beta=-1.0 must be finite and at least 0; set beta"):
         update(x, x, beta=-1.0)
     with pytest.raises(ValueError, match=r"beta=0.0 must be positive for an energy"):
         energy(x, x, beta=0.0)

@@ -1,0 +1,1 @@
+"""Products that would not fit memory as plain ones, with gradients of their own; Pallas kernels and their twins."""
