@@ -436,10 +436,12 @@ class Hopfield(nn.Module):
 
         dropout_rate = 0.0 if deterministic else self.dropout_rate
 
-        def stream_values(module: nn.Module, query: Array, key: Array, value: Array, betas: Array) -> Array:
+        def stream_values(
+            streaming: Streaming, module: nn.Module, query: Array, key: Array, value: Array, betas: Array
+        ) -> Array:
             found, steps = iterate(
                 *(query, key, value),
-                streaming=self.streaming,
+                streaming=streaming,
                 beta=betas,
                 mask=mask,
                 exclude=exclude,
@@ -459,7 +461,8 @@ class Hopfield(nn.Module):
             weights = nn.Dropout(self.dropout_rate)(weights, deterministic=deterministic)
             return jnp.einsum("...sp,...pd->...sd", weights.astype(value.dtype), value)
 
-        recall = retrieve_values if self.streaming is None else stream_values
+        streaming = self.streaming
+        recall = retrieve_values if streaming is None else functools.partial(stream_values, streaming)
         result = merge_heads(remat.attention(recall, self, query, key, value, self._betas(head_dim)))
         if "out" in self.projections:
             result = _dense(self, "out", out_features)(result)

@@ -85,8 +85,8 @@ def iterate(
       ValueError: if shapes do not fit or an argument is out of its range.
     """
     keywords = streaming.on(stored.shape[-2])
-    dropout = {"dropout_rate": dropout_rate, "dropout_key": dropout_key}
-    common = {"mask": mask, "exclude": exclude, **keywords}
+    dropout: dict[str, Any] = {"dropout_rate": dropout_rate, "dropout_key": dropout_key}
+    common: dict[str, Any] = {"mask": mask, "exclude": exclude, **keywords}
     if update_steps == 1:
         found = streamed_association(state, stored, values, beta=beta, **common, **dropout)
         return found, jnp.ones(found.log_sum_exp.shape, jnp.int32)

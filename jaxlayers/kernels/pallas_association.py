@@ -115,8 +115,9 @@ def partial_gradients(
     call = _Call.of(state, stored, values, beta, mask, exclude, columns, chunk_size=chunk_size)
     # States that retrieve nothing, and those that fill up a block, have no weights.
     log_sum_exp = jnp.where(log_sum_exp == -jnp.inf, jnp.inf, log_sum_exp)
-    stats = [x[..., None] for x in (beta[..., None], log_sum_exp, common)]
-    stats = jnp.concatenate([jnp.broadcast_to(x, (*call.shape, state.shape[-2], 1)) for x in stats], axis=-1)
+    columns_of_stats = (x[..., None] for x in (beta[..., None], log_sum_exp, common))
+    shape = (*call.shape, state.shape[-2], 1)
+    stats = jnp.concatenate([jnp.broadcast_to(x, shape) for x in columns_of_stats], axis=-1)
     by_row = (
         call.rows(state),
         call.rows(stats, fill=(0.0, jnp.inf, 0.0)),
@@ -493,10 +494,9 @@ def _backward_memory(
     def kernel(refs: _Refs, *rest: Any) -> None:
         outs, totals = rest[: len(rest) // 2], rest[len(rest) // 2 :]
         block = pl.program_id(len(outer))
-        first, last = True, True
-        for axis in inner_axes:
-            first &= pl.program_id(axis) == 0
-            last &= pl.program_id(axis) == pl.num_programs(axis) - 1
+        first = functools.reduce(jnp.logical_and, (pl.program_id(axis) == 0 for axis in inner_axes))
+        ends = (pl.program_id(axis) == pl.num_programs(axis) - 1 for axis in inner_axes)
+        last = functools.reduce(jnp.logical_and, ends)
 
         @pl.when(first)
         def _() -> None:
@@ -535,7 +535,7 @@ def _backward_memory(
     ]
     found = _call(
         call, kernel, "association_memory", (state, stats, out_gradient, exclude, stored, values, mask), shapes,
-        scratch, (call.features, call.value_features, call.features, call.value_features), outer=outer,
+        scratch, (call.features, call.value_features, call.features, call.value_features), memory_axes=outer,
     )  # fmt: skip
     return found[0], None if call.shared else found[1]
 
@@ -548,15 +548,15 @@ def _call(
     shapes: Sequence[Any],
     scratch: Sequence[Any],
     products: Sequence[int],
-    outer: tuple[int, ...] | None = None,
+    memory_axes: tuple[int, ...] | None = None,
 ) -> Any:
     """Run a kernel over all blocks.
 
-    Without `outer` the grid is (*grid, blocks of states, blocks of patterns) and results belong to states; with it
-    (*outer, blocks of patterns, *other axes of the grid, blocks of states), and results belong to patterns.
+    Without `memory_axes` the grid is (*grid, blocks of states, blocks of patterns) and results belong to states; with
+    them (*memory_axes, blocks of patterns, *other axes of the grid, blocks of states), and results belong to patterns.
     """
-    by_states = outer is None
-    outer = call.kept if by_states else outer
+    by_states = memory_axes is None
+    outer = call.kept if memory_axes is None else memory_axes
     others = tuple(axis for axis in call.kept if axis not in outer)
     order = (*outer, *others)
     states, patterns = (call.state_block, call.state_blocks), (call.pattern_block, call.pattern_blocks)
@@ -597,10 +597,11 @@ def _call(
     sizes = {axis: call.shape[axis] for axis in call.kept}
     if by_states:
         grid = (*(sizes[axis] for axis in outer), states[1], patterns[1])
-        semantics = ("parallel",) * (len(grid) - 1) + ("arbitrary",)
+        parallel = len(grid) - 1
     else:
         grid = (*(sizes[axis] for axis in outer), patterns[1], *(sizes[axis] for axis in others), states[1])
-        semantics = ("parallel",) * (len(outer) + 1) + ("arbitrary",) * (len(others) + 1)
+        parallel = len(outer) + 1
+    semantics: list[Any] = ["parallel"] * parallel + ["arbitrary"] * (len(grid) - parallel)
     run = functools.partial(
         pl.pallas_call,
         body,

@@ -279,7 +279,7 @@ def _on_devices(plan: _Plan, local: Callable[..., Any], splits: Any) -> Callable
         in_specs = tuple(spec(x, axis) for x, axis in zip(operands, in_axes, strict=True))
         if isinstance(splits, tuple):
             like = (None, stored, values, None)
-            out_specs = tuple(spec(like[place], axis) for place, axis in enumerate(splits))
+            out_specs: Any = tuple(spec(like[place], axis) for place, axis in enumerate(splits))
         else:
             out_specs = PartitionSpec()
 
