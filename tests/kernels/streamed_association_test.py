@@ -232,10 +232,10 @@ def test_no_device_of_a_pod_slice_holds_all_patterns():
     compiled = on_devices(mesh, patterns, 4096, "data", states=128, features=features, values=values)
     assert largest_rows(compiled) < patterns
     memory = compiled.memory_analysis()
-    # 16 GiB of patterns and values, half a GiB a device, and as much of gradients (with the tiles' padding to 128).
-    share = 4 * 2 * patterns * 128 // 32
+    # Half a GiB of patterns and values a device; their copies in bfloat16, for the matrix unit, are half of that.
+    share = 4 * 2 * patterns * features // 32
     assert memory.argument_size_in_bytes < 1.1 * share
-    assert memory.temp_size_in_bytes < 2**28
+    assert memory.temp_size_in_bytes < 0.6 * share
     assert not re.search(r"all-gather|all-to-all|collective-permute", compiled.as_text())
 
 
