@@ -35,7 +35,11 @@ ENTROPIES = {
     "subsets_3": subset_entropy(3),
 }
 POSTS = {"identity": IDENTITY, "unit_norm": unit_norm(), "layer_norm": layer_norm(0.5)}
-every = pytest.mark.parametrize("name", ENTROPIES)
+# Beside another of their kind, for the extended suite.
+LATER = ("entmax_1.2", "normmax_2")
+every = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in LATER else []) for name in ENTROPIES]
+)
 
 
 def sphere(rng, *shape, radius=1.0):
@@ -67,8 +71,12 @@ def descent(state, stored, *, name, post, wrong=""):
 
 @pytest.mark.parametrize(
     ("name", "post"),
-    [*((name, "identity") for name in ENTROPIES)]
-    + [(name, post) for name in ("entmax15", "subsets_3") for post in ("unit_norm", "layer_norm")],
+    [*((name, "identity") for name in ENTROPIES if name not in LATER)]
+    + [("entmax15", "unit_norm"), ("subsets_3", "layer_norm")]
+    + [pytest.param(name, "identity", marks=pytest.mark.slow) for name in LATER]
+    + [
+        pytest.param(*pair, marks=pytest.mark.slow) for pair in (("entmax15", "layer_norm"), ("subsets_3", "unit_norm"))
+    ],
 )
 def test_energy_never_rises_along_updates(name, post, rng):
     state = POSTS[post].apply(2 * normal(rng, 100, 6))
@@ -128,7 +136,9 @@ def test_alpha_towards_one_gives_the_dense_memory(rng):
 # Exact retrieval. -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "beta"), [("entmax15", 8.0), ("sparsemax", 4.0), ("normmax_2", 4.0)])
+@pytest.mark.parametrize(
+    ("name", "beta"), [("entmax15", 8.0), pytest.param("sparsemax", 4.0, marks=pytest.mark.slow), ("normmax_2", 4.0)]
+)
 def test_queries_inside_the_radius_are_exact_and_the_nearest_outside_are_not(name, beta, rng):
     entropy, stored = ENTROPIES[name], sphere(rng, 40, 8) * jnp.asarray(rng.uniform(0.8, 1.2, (40, 1)), jnp.float32)
     radius = np.asarray(exact_retrieval_radius(stored, beta=beta, entropy=entropy))

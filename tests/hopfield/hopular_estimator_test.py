@@ -284,6 +284,7 @@ def test_no_row_sees_its_own_target(fitted):
     assert np.abs(changed.predict_proba(X)[7] - among[7]).max() > 1e-5
 
 
+@pytest.mark.slow
 def test_shuffled_labels_are_predicted_by_chance(rng):
     X = rng.normal(size=(320, 2))
     y = rng.permutation(np.arange(320) % 2)
@@ -298,6 +299,7 @@ def test_shuffled_labels_are_predicted_by_chance(rng):
     assert np.mean(ruled.leave_one_out().argmax(axis=1) == rule) > 0.85
 
 
+@pytest.mark.slow
 def test_an_exclusive_or_is_learned_where_a_linear_model_fails(rng):
     X = rng.uniform(-1, 1, size=(320, 2))
     y = X[:, 0] * X[:, 1] > 0

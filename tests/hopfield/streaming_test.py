@@ -96,7 +96,7 @@ def test_functions_equal_the_plain_ones(problem, function, masked):
 
 @pytest.mark.parametrize(
     ("update_steps", "tolerance", "masked"),
-    [(4, None, False), (200, 1e-4, False), (200, 1e-4, True), (3, 1e-3, True)],
+    [(4, None, False), pytest.param(200, 1e-4, False, marks=pytest.mark.slow), (200, 1e-4, True), (3, 1e-3, True)],
     ids=["fixed", "settled", "settled, masked", "cut short, masked"],
 )
 def test_iterated_retrieval_equals_the_plain_one(problem, update_steps, tolerance, masked):
@@ -185,7 +185,13 @@ def test_layers_equal_the_plain_ones(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "streaming"), [("hopfield", None), ("hopfield", SMALL), ("hopfield_betas", SMALL)], ids=str
+    ("name", "streaming"),
+    [
+        ("hopfield", SMALL),
+        pytest.param("hopfield", None, marks=pytest.mark.slow),
+        pytest.param("hopfield_betas", SMALL, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_masks_and_exclusion_reach_the_layer(name, streaming):
     module, params, inputs = example(name)
@@ -253,7 +259,8 @@ def test_patterns_split_by_logical_rules_give_the_same(name):
             "the association runs where the patterns are"
         )
         found = run(split, params, inputs)
-    assert_equal(found, expected, 2e-5)
+    # The gradient of a fixed point ends within the tolerance of its own iteration.
+    assert_equal(found, expected, 1e-4 if name == "hopfield_settled" else 2e-5)
 
 
 def test_a_named_axis_needs_no_rules(problem):

@@ -42,8 +42,11 @@ ENTROPIES = {
     "subsets_3": (subset_entropy(3), ("subsets", 3)),
 }
 TRANSFORMS = {name: jax.jit(entropy.transform) for name, (entropy, _) in ENTROPIES.items()}
-every = pytest.mark.parametrize("name", ENTROPIES)
-sparse = pytest.mark.parametrize("name", [name for name in ENTROPIES if name != "softmax"])
+# Beside another of their kind, for the extended suite.
+LATER = ("entmax_3", "normmax_5")
+NAMES = [pytest.param(name, marks=[pytest.mark.slow] if name in LATER else []) for name in ENTROPIES]
+every = pytest.mark.parametrize("name", NAMES)
+sparse = pytest.mark.parametrize("name", [name for name in NAMES if name.values != ("softmax",)])
 bisected = jax.jit(lambda z, alpha: entmax(z, alpha=alpha))
 
 
