@@ -24,14 +24,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlayers.hopfield.hopular import (
-    CategoricalColumn,
-    ContinuousColumn,
     Hopular,
-    TableSchema,
     augment_table,
-    encode_table,
     hopular_lookup,
     hopular_loss,
+)
+from jaxlayers.hopfield.tabular import (
+    CategoricalColumn,
+    ContinuousColumn,
+    TableSchema,
+    encode_table,
     table_statistics,
 )
 from train.config import Apply, Batch, Config, Evaluated, Optim, Task

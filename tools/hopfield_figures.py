@@ -23,19 +23,21 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from jaxlayers.hopfield.diagnostics import (
-    Kind,
-    analyse_heads,
+from jaxlayers.hopfield.capacity import (
     basin_radius,
     capacity_exponent,
     classical_capacity,
-    energy_along,
     fit_growth,
-    fixed_point_type,
     mean_field_capacity,
     measure_capacity,
-    patterns_for_mass,
     proven_radius,
+)
+from jaxlayers.hopfield.diagnostics import (
+    Kind,
+    analyse_heads,
+    energy_along,
+    fixed_point_type,
+    patterns_for_mass,
     retrieval_errors,
 )
 from jaxlayers.hopfield.hopfield import (

@@ -10,12 +10,12 @@ from jaxlayers.hopfield.hopfield import HopfieldBagClassifier as HopfieldBagClas
 from jaxlayers.hopfield.hopfield import HopfieldClassifier as HopfieldClassifier
 from jaxlayers.hopfield.hopfield import HopfieldLayer as HopfieldLayer
 from jaxlayers.hopfield.hopfield import HopfieldPooling as HopfieldPooling
-from jaxlayers.hopfield.hopular import CategoricalColumn as CategoricalColumn
-from jaxlayers.hopfield.hopular import ContinuousColumn as ContinuousColumn
 from jaxlayers.hopfield.hopular import Hopular as Hopular
 from jaxlayers.hopfield.hopular import HopularBlock as HopularBlock
 from jaxlayers.hopfield.hopular import HopularEmbedding as HopularEmbedding
 from jaxlayers.hopfield.hopular import HopularSummary as HopularSummary
-from jaxlayers.hopfield.hopular import TableSchema as TableSchema
 from jaxlayers.hopfield.hopular import hopular_lookup as hopular_lookup
 from jaxlayers.hopfield.streaming import Streaming as Streaming
+from jaxlayers.hopfield.tabular import CategoricalColumn as CategoricalColumn
+from jaxlayers.hopfield.tabular import ContinuousColumn as ContinuousColumn
+from jaxlayers.hopfield.tabular import TableSchema as TableSchema

@@ -16,20 +16,22 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxlayers.hopfield.hopular import (
-    CategoricalColumn,
-    ContinuousColumn,
-    EncodedTable,
     Hopular,
-    TableSchema,
     augment_table,
-    decode_table,
-    encode_table,
     feature_weight_at,
     hopular_lookup,
     hopular_loss,
-    table_statistics,
 )
 from jaxlayers.hopfield.streaming import Streaming
+from jaxlayers.hopfield.tabular import (
+    CategoricalColumn,
+    ContinuousColumn,
+    EncodedTable,
+    TableSchema,
+    decode_table,
+    encode_table,
+    table_statistics,
+)
 
 try:
     import optax

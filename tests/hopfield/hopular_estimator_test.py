@@ -20,8 +20,8 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 
 from jaxlayers.hopfield import hopular_estimator
-from jaxlayers.hopfield.hopular import CategoricalColumn, ContinuousColumn, TableSchema
 from jaxlayers.hopfield.hopular_estimator import HopularClassifier, HopularRegressor, column_groups, lamb
+from jaxlayers.hopfield.tabular import CategoricalColumn, ContinuousColumn, TableSchema
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "hopular_lamb_parity.npz"
 TINY = {"features": 4, "depth": 1, "num_heads": 1, "steps": 40, "batch_size": 64, "learning_rate": 3e-2}
