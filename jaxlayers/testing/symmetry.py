@@ -302,13 +302,7 @@ class Symmetry:
           AssertionError: if the control passes, or says nothing (constant or non-finite output, unmoved inputs).
           ValueError: if there is no control, or the arguments do not fit.
         """
-        if self.control is None:
-            raise ValueError(f"control=None of the symmetry {self.group.name} cannot fail; set a group or a baseline")
-        group, function, what = (
-            (self.control, fn, f"{_name(fn)} under {self.control.name}")
-            if isinstance(self.control, Group)
-            else (self.group, self.control, f"{_name(self.control)} under {self.group.name}")
-        )
+        group, function, what = self._controlled(fn)
         try:
             outcome = self._compare(function, group, inputs, tolerance, seed, 1.0)
         except IdleCheckError as error:
@@ -318,6 +312,41 @@ class Symmetry:
                 f"[Symmetry.check_control] control {what} must fail but passed {self.samples} samples (seed {seed}): "
                 f"largest relative error {outcome.error:.3g} <= tolerance {outcome.tolerance:.3g}"
             )
+
+    def error(
+        self,
+        fn: Callable[..., Any],
+        inputs: Sequence[Any],
+        *,
+        control: bool = False,
+        seed: int = 0,
+        scale: float = 1.0,
+    ) -> float:
+        """Measure the largest relative error of the symmetry, or of its negative control.
+
+        Args:
+          fn: function of the inputs (not called for a control that is a function itself).
+          inputs: positional inputs.
+          control: measure the control.
+          seed: seed of the elements.
+          scale: in (0, 1], shrinks the elements.
+
+        Returns:
+          What `check` and `check_control` compare with the tolerance.
+
+        Raises:
+          ValueError: as `assert_equivariant`, and if there is no control to measure.
+        """
+        group, function = self._controlled(fn)[:2] if control else (self.group, fn)
+        return self._compare(function, group, inputs, None, seed, scale).error
+
+    def _controlled(self, fn: Callable[..., Any]) -> tuple[Group, Callable[..., Any], str]:
+        """Return the group and the function of the negative control, and both in words."""
+        if self.control is None:
+            raise ValueError(f"control=None of the symmetry {self.group.name} cannot fail; set a group or a baseline")
+        if isinstance(self.control, Group):
+            return self.control, fn, f"{_name(fn)} under {self.control.name}"
+        return self.group, self.control, f"{_name(self.control)} under {self.group.name}"
 
     def _compare(
         self,
