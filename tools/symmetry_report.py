@@ -87,7 +87,8 @@ def measured(case: Case, symmetry: Symmetry) -> Row:
         precise = jax.jit(functools.partial(case.apply, case.variables))
         float64 = symmetry.error(precise, case.make_inputs(np.float64))
     control = symmetry.control
-    name = control.name if isinstance(control, Group) else getattr(control, "__name__", type(control).__name__)
+    plain = control.func if isinstance(control, functools.partial) else control
+    name = plain.name if isinstance(plain, Group) else getattr(plain, "__name__", type(plain).__name__)
     acts = " x ".join("-" if one is None else _words(one) for one in symmetry.inputs)
     return Row(
         layer=type(case.module).__name__,
