@@ -6,8 +6,8 @@ import jax.numpy as jnp
 
 def safe_sqrt(x: jax.Array, *, epsilon: float = 0.0) -> jax.Array:
     """Return sqrt(max(x, epsilon)) with gradient zero where `x <= epsilon` (the plain root has an infinite one)."""
-    positive = x > epsilon
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), jnp.sqrt(jnp.asarray(epsilon, x.dtype)))
+    small = x <= epsilon  # False for NaN, which goes through.
+    return jnp.where(small, jnp.sqrt(jnp.asarray(epsilon, x.dtype)), jnp.sqrt(jnp.where(small, 1.0, x)))
 
 
 def safe_norm(x: jax.Array, *, axis: int | tuple[int, ...] = -1, keepdims: bool = False) -> jax.Array:
@@ -24,4 +24,5 @@ def safe_divide(numerator: jax.Array, denominator: jax.Array, *, otherwise: floa
 def safe_normalize(x: jax.Array, *, axis: int = -1, epsilon: float = 1e-12) -> jax.Array:
     """Return `x` divided by its norm along `axis`; vectors shorter than `epsilon` give zero, with zero gradient."""
     norm = safe_norm(x, axis=axis, keepdims=True)
-    return jnp.where(norm > epsilon, x / jnp.where(norm > epsilon, norm, 1.0), 0.0)
+    short = norm <= epsilon
+    return jnp.where(short, 0.0, x / jnp.where(short, 1.0, norm))
