@@ -63,6 +63,7 @@ class Mean(nn.Module):
 CASES = (
     Case(
         name="pose_predictor",
+        within="composed_transformer",
         module=SMALL,
         inputs=lambda rng: (rng.normal(size=(2, 5, 8, 2)),),
         keywords={"axes": (0, 1), "periodic": (False, True)},
@@ -95,6 +96,7 @@ CASES = (
     ),
     Case(
         name="equivariant_transformer_translation",
+        within="composed_transformer",
         module=SHIFTS,
         inputs=lambda rng: (pictures(rng),),
         symmetries=(Symmetry(Translation(2, cyclic=True), ("image",), control=plain_transformer),),

@@ -87,6 +87,7 @@ BAD_CHANNELS = BadInput(match=r"a volume of shape \(2, 3, 3, 3, 25\) must be .* 
 CASES = (
     Case(
         name="octahedral_conv",
+        within="octahedral_cnn",
         module=OctahedralConv(1),
         inputs=volumes(24),
         symmetries=(claim(24, control=plain(24)),),
@@ -105,6 +106,7 @@ CASES = (
     ),
     Case(
         name="octahedral_norm",
+        within="octahedral_cnn",
         module=OctahedralNorm(),
         inputs=volumes(48),
         symmetries=(claim(48, control=lambda x: x / (1 + jnp.arange(48))),),
@@ -113,6 +115,7 @@ CASES = (
     ),
     Case(
         name="octahedral_pool",
+        within="octahedral_cnn",
         module=OctahedralPool(),
         inputs=volumes(48),
         symmetries=(claim(48, control=lambda x: x[..., :2]),),

@@ -103,6 +103,7 @@ WRONG_CHANNELS = BadInput(
 CASES = (
     Case(
         name="steerable_conv",
+        within="group_cnn",
         module=SteerableConv(MIXED, MIXED),
         inputs=maps(MIXED.channels),
         symmetries=(claim(MIXED, MIXED, conv(MIXED.channels)),),
@@ -128,6 +129,7 @@ CASES = (
     ),
     Case(
         name="steerable_conv_lifting",
+        within="group_cnn",
         module=SteerableConv(IMAGE, REGULAR, kernel_size=4, stride=2),
         inputs=maps(2, 6),
         symmetries=(claim(IMAGE, REGULAR, conv(8, strides=2, padding=1)),),
@@ -136,6 +138,7 @@ CASES = (
     ),
     Case(
         name="pointwise_nonlinearity",
+        within="group_cnn",
         module=PointwiseNonlinearity(REGULAR, nn.gelu),
         inputs=maps(8),
         symmetries=(claim(REGULAR, REGULAR, lambda x: jnp.tanh(x * jnp.arange(8))),),
@@ -167,6 +170,7 @@ CASES = (
     ),
     Case(
         name="field_norm",
+        within="group_cnn",
         module=FieldNorm(MIXED),
         inputs=maps(MIXED.channels),
         symmetries=(claim(MIXED, MIXED, functools.partial(plain, nn.GroupNorm(11))),),
@@ -178,6 +182,7 @@ CASES = (
     ),
     Case(
         name="field_norm_pixel",
+        within="group_cnn",
         module=FieldNorm(MIXED, over="pixel"),
         inputs=maps(MIXED.channels),
         symmetries=(claim(MIXED, MIXED, functools.partial(plain, nn.LayerNorm())),),
@@ -186,6 +191,7 @@ CASES = (
     ),
     Case(
         name="group_pool",
+        within="group_cnn",
         module=GroupPool(MIXED),
         inputs=maps(MIXED.channels),
         symmetries=(claim(MIXED, FieldType.trivial(D4, 3), lambda x: x[..., :3]),),
@@ -197,6 +203,7 @@ CASES = (
     ),
     Case(
         name="spatial_pool",
+        within="group_cnn",
         module=SpatialPool(MIXED),
         inputs=maps(MIXED.channels, 6),
         symmetries=(claim(MIXED, MIXED, lambda x: nn.avg_pool(jnp.asarray(x), (3, 3), (2, 2), "SAME")),),
@@ -212,6 +219,7 @@ CASES = (
     ),
     Case(
         name="group_cnn_block",
+        within="group_cnn",
         module=GroupCNNBlock(REGULAR, TURNING),
         inputs=maps(8),
         symmetries=(claim(REGULAR, TURNING, conv(5)),),

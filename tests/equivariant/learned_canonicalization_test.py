@@ -124,6 +124,7 @@ D4_COPIES = CopyCanonicalizer(network=ENERGY, group=Dihedral(4))
 CASES = (
     Case(
         name="vector_canonicalizer",
+        within="learned_canonicalization_pointnet",
         module=SMALL_VECTORS,
         inputs=lambda rng: (clouds(rng), (rng.normal(size=(2, 6, 3)),), rng.normal(size=(2, 6, 1))),
         symmetries=(
@@ -204,6 +205,7 @@ CASES = (
     ),
     Case(
         name="image_energy",
+        within="discrete_canonicalization",
         module=ENERGY,
         inputs=lambda rng: (images(rng),),
         leading_axes=True,
@@ -214,6 +216,7 @@ CASES = (
     ),
     Case(
         name="copy_canonicalizer",
+        within="discrete_canonicalization",
         module=CopyCanonicalizer(network=ImageEnergy(features=4, out_features=3, kernel_size=3)),
         inputs=lambda rng: (images(rng),),
         leading_axes=True,
@@ -255,6 +258,7 @@ CASES = (
     ),
     Case(
         name="discrete_canonicalization_map",
+        within="discrete_canonicalization",
         module=DiscreteCanonicalization(PixelMap(), CopyCanonicalizer(network=ENERGY), output="image"),
         inputs=lambda rng: (images(rng),),
         symmetries=(

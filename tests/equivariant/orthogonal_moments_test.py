@@ -95,6 +95,7 @@ CASES = (
     ),
     Case(
         name="moment_invariants_chiral",
+        within="moment_net",
         module=MomentInvariants(order=3, kind="fourier_mellin", invariants="chiral", disk="circumscribed"),
         inputs=lambda rng: (images(rng, size=6),),
         symmetries=(

@@ -90,6 +90,7 @@ CASES = (
     ),
     Case(
         name="deep_scattering_sequence",
+        within="scattering_net",
         module=DeepScattering(
             (Stage(tight_gabor, "modulus", "average", 2), Stage(gabor_bank, "tanh", "max", 2)), rank=1
         ),

@@ -53,6 +53,7 @@ def pictures(rng, batch=2, height=7, width=6, channels=2):
 def case(name, warp, *bad, **fields):
     return Case(
         name=name,
+        within="" if name == "spatial_transformer" else "spatial_transformer",
         module=SpatialTransformer(Look(), warp=warp, **fields),
         inputs=lambda rng: (pictures(rng),),
         leading_axes=True,

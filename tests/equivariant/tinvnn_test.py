@@ -65,6 +65,7 @@ CASES = (
     ),
     Case(
         name="tinvnn_distances",
+        within="tinvnn",
         module=TinvNN(nn.Dense(4), features=2, source="distances"),
         inputs=lambda rng: (distances_of(clouds(rng)),),
         symmetries=(
@@ -80,6 +81,7 @@ CASES = (
     ),
     Case(
         name="tinvnn_average",
+        within="tinvnn",
         module=TinvNN(SMALL_NET, signs="average"),
         inputs=lambda rng: (clouds(rng, d=2),),
         symmetries=(Symmetry(Euclidean(2), ("points",), control=functools.partial(bare, SMALL_NET)),),

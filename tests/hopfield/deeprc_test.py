@@ -50,6 +50,7 @@ IN_FLOAT32 = {"tolerance64": 1e-5}  # with whole numbers for inputs everything i
 CASES = (
     Case(
         name="sequence_embedding",
+        within="deeprc",
         module=SequenceEmbedding(features=5, kernel_size=3, depth=2, chunk_size=2),
         inputs=sets(2, 5, 7),
         symmetries=(Symmetry(Symmetric(5), ("set",), "set", control=running_sum, **IN_FLOAT32),),
@@ -84,6 +85,7 @@ CASES = (
     ),
     Case(
         name="deeprc_kept",
+        within="deeprc",
         module=DeepRC(2, SMALL, key_features=(4,), kept_fraction=0.6),
         inputs=sets(2, 5, 7),
         symmetries=(

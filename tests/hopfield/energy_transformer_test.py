@@ -36,6 +36,7 @@ EQUIVARIANT = Symmetry(Symmetric(5), ("set",), "set", control=running_sum)
 CASES = (
     Case(
         name="energy_layer_norm",
+        within="energy_transformer_block",
         module=EnergyLayerNorm(),
         inputs=sets((2, 5, 8)),
         symmetries=(EQUIVARIANT,),
@@ -47,6 +48,7 @@ CASES = (
     ),
     Case(
         name="energy_attention",
+        within="energy_transformer_block",
         module=EnergyAttention(num_heads=2, head_dim=3, self_attention=False),
         inputs=sets((2, 5, 8)),
         symmetries=(EQUIVARIANT,),

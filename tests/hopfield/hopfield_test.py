@@ -101,6 +101,7 @@ CASES = (
     ),
     Case(
         name="hopfield_memory",
+        within="hopfield_self",
         module=Hopfield(beta=2.0, update_steps=20, tolerance=1e-6, **MEMORY),
         inputs=sets((2, 3, 6), (2, 5, 6)),
         symmetries=(
@@ -125,6 +126,7 @@ CASES = (
     ),
     Case(
         name="hopfield_pooling",
+        within="hopfield_bag_classifier",
         module=HopfieldPooling(Hopfield(num_heads=2), num_states=3),
         inputs=sets((2, 5, 8)),
         symmetries=(Symmetry(Symmetric(5), ("set",), "scalar", control=running_mean),),
@@ -139,6 +141,7 @@ CASES = (
     ),
     Case(
         name="hopfield_layer",
+        within="hopfield_classifier",
         module=HopfieldLayer(Hopfield(num_heads=2, head_dim=3), num_patterns=5, value_features=3),
         inputs=sets((2, 4, 8)),
         symmetries=(Symmetry(Symmetric(4), ("set",), "set", control=running_sum),),
