@@ -34,6 +34,12 @@ from jaxlayers.equivariant.learned_canonicalization import ImageEnergy as ImageE
 from jaxlayers.equivariant.learned_canonicalization import LearnedCanonicalization as LearnedCanonicalization
 from jaxlayers.equivariant.learned_canonicalization import VectorCanonicalizer as VectorCanonicalizer
 from jaxlayers.equivariant.learned_canonicalization import canonical_pointnet as canonical_pointnet
+from jaxlayers.equivariant.lie_conv import LieBlock as LieBlock
+from jaxlayers.equivariant.lie_conv import LieConv as LieConv
+from jaxlayers.equivariant.lie_conv import LieResNet as LieResNet
+from jaxlayers.equivariant.lie_decomposition_conv import LieDecompositionConv as LieDecompositionConv
+from jaxlayers.equivariant.lie_decomposition_conv import LieDecompositionNet as LieDecompositionNet
+from jaxlayers.equivariant.lie_decomposition_conv import LieLifting as LieLifting
 from jaxlayers.equivariant.orthogonal_moments import MomentInvariants as MomentInvariants
 from jaxlayers.equivariant.orthogonal_moments import MomentNet as MomentNet
 from jaxlayers.equivariant.pointwise_activations import allows_pointwise as allows_pointwise
