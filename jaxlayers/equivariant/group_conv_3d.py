@@ -15,7 +15,7 @@ from jaxlayers.core import axes
 from jaxlayers.core.dtypes import array_namespace, at_least_float32, compute_dtype
 from jaxlayers.core.initializers import lecun_normal, ones, zeros
 from jaxlayers.core.types import ActivationFn, Dtype, Initializer, PrecisionLike
-from jaxlayers.equivariant.group_conv import group_maximum, pool_axis
+from jaxlayers.equivariant.field_layers import group_maximum, pool_axis
 from jaxlayers.geometry.planar_fields import GridReport, check_grid, matching_kernel, resolve_padding
 
 #: number of rotations of the cube, the channels of a regular field
