@@ -1,6 +1,8 @@
 """Hopular with the interface of scikit-learn: `HopularClassifier`, `HopularRegressor`, and the optimiser of their fit.
 
 Needs scikit-learn and optax, which `import jaxlayers` does not: `from jaxlayers.hopfield.hopular_estimator import ...`.
+Longer than most files, since half of it says what the parameters of the two estimators mean, and the optimiser and the
+reading of columns serve nothing else.
 """
 
 import dataclasses
