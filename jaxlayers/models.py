@@ -17,7 +17,7 @@ import jax
 
 _ROOT = Path(__file__).parent
 # Floors below the families: they hold no papers.
-_NOT_FAMILIES = frozenset({"core", "geometry", "ops", "kernels", "nn", "testing"})
+_NOT_FAMILIES = frozenset({"files", "core", "geometry", "ops", "kernels", "nn", "testing"})
 # What Linen adds to every module's own fields.
 _LINEN_FIELDS = frozenset({"parent", "name"})
 
