@@ -524,15 +524,36 @@ class Swin(nn.Module):
         Returns:
           One level a stage, of stride `patch_size * 2**stage`.
         """
+        return self.stage_maps(x, replace_tokens=replace_tokens, deterministic=deterministic)[1]
+
+    def stage_maps(
+        self,
+        x: Float[Array, "*batch height width channels"],
+        *,
+        replace_tokens: Callable[[Array], Array] | None = None,
+        deterministic: bool = True,
+    ) -> tuple[tuple[Level, ...], tuple[Level, ...]]:
+        """Return the map before the blocks of each stage (after its merging) and the one after them.
+
+        Args:
+          x: see `features`.
+          replace_tokens: see `features`.
+          deterministic: see `features`.
+
+        Returns:
+          Two pyramids of the same strides and channels.
+        """
         x = self.patch_embed(x)
         if replace_tokens is not None:
             x = replace_tokens(x)
         x = axes.constrain_map(self.dropout(x, deterministic=deterministic), 2)
-        levels = []
+        before, after = [], []
         for index, stage in enumerate(self.stages):
-            x = stage(x, deterministic=deterministic)
-            levels.append(Level(x, tuple(length * 2**index for length in _pair(self.patch_size))))
-        return tuple(levels)
+            merged, x = stage(x, deterministic=deterministic)
+            stride = tuple(length * 2**index for length in _pair(self.patch_size))
+            before.append(Level(merged, stride))
+            after.append(Level(x, stride))
+        return tuple(before), tuple(after)
 
 
 class _Stage(nn.Module):
@@ -553,9 +574,11 @@ class _Stage(nn.Module):
     scan: bool
 
     @nn.compact
-    def __call__(self, x: Array, *, deterministic: bool) -> Array:
+    def __call__(self, x: Array, *, deterministic: bool) -> tuple[Array, Array]:
+        """Return the merged map and the one after the blocks."""
         if self.merge is not None:
             x = self.merge(name="merge")(x)
+        merged = x
         pairs = len(self.rates) // 2 if self.scan else 0
         if pairs:
             # A loop body has one program for all depths: the rates enter it as numbers.
@@ -572,7 +595,7 @@ class _Stage(nn.Module):
         for index in range(2 * pairs, len(self.rates)):
             block = self.blocks[index % 2](drop_path_rate=self.rates[index], name=f"blocks_{index}")
             x = _call_block(block, x, None, deterministic, policy=self.remat)
-        return x
+        return merged, x
 
 
 class _Pair(nn.Module):

@@ -655,7 +655,7 @@ class SwinV2(nn.Module):
         x = axes.constrain_map(self.dropout(x, deterministic=deterministic), 2)
         levels = []
         for index, stage in enumerate(self.stages):
-            x = stage(x, deterministic=deterministic)
+            _, x = stage(x, deterministic=deterministic)
             levels.append(Level(x, tuple(length * 2**index for length in swin._pair(self.patch_size))))
         return tuple(levels)
 
