@@ -241,11 +241,12 @@ class SE3Assembly(nn.Module):
     vectors that are linear in V_i to the coordinate axes, and t_i is linear in the invariant numbers of V_i.
 
     With `stable` F_i is first divided by s_i, the root of its mean square, S_i by that of its own, and H_i by the root
-    of the number of channels, so that F_i and H_i are of one size; t_i is told s_i. Without, V_i sees H_i alone, as
-    published. That is badly conditioned: F is small, as the mean of vectors about a centroid, S and G are quadratic in
-    it, and G has rank 4 at most, with F's spread of singular values in it once more. The vectors of H_i are then nearly
-    parallel and very short (1e-5 in small networks): poses lose one to three digits to rounding, gradients are as much
-    too large, and t_i is next to constant.
+    of the number of channels, so that F_i and H_i are of one size; t_i is told s_i and V_i R_i^T, without which the
+    left and the right half of a mirror-symmetric shape, whose invariant numbers are the same, would go to one place.
+    Without `stable` V_i sees H_i alone, as published. That is badly conditioned: F is small, as the mean of vectors
+    about a centroid, S and G are quadratic in it, and G has rank 4 at most, with F's spread of singular values in it
+    once more. The vectors of H_i are then nearly parallel and very short (1e-5 in small networks): poses lose one to
+    three digits to rounding, gradients are as much too large, and t_i is next to constant.
 
     Symmetry:
       SE(3) acts on each part for itself, exactly: a motion (Q, s) of part i as it is given turns F_i and H_i by Q and
@@ -253,7 +254,8 @@ class SE3Assembly(nn.Module):
       along, so that the assembled shape (`place`) does not change at all. Equivariant to permutations of the parts and
       invariant to those of the points.
       Reflections: F and H turn with O(3), G does not change; rotations stay proper, so that the pose of a mirrored part
-      is not the mirrored pose.
+      is not the mirrored pose. The first two rows of R_i are made of vectors that turn with reflections too: of a kind
+      of shapes with a mirror plane they can only learn axes within that plane. Lay its normal along z.
       Where it breaks: where the two vectors are parallel or vanish, see `gram_schmidt`, as they do on symmetric parts;
       and as `VNDGCNNEncoder`.
 
@@ -368,7 +370,12 @@ class SE3Assembly(nn.Module):
         numbers = invariant(x, "place_invariant")
         numbers = numbers.reshape(*numbers.shape[:-2], -1)
         if size is not None:
-            numbers = jnp.concatenate([numbers, size.astype(numbers.dtype)], axis=-1)
+            # Inner products do not see reflections; coordinates in the axes of R do. R learns nothing from them: its
+            # gradient is as steep as the margin is small.
+            axes_found = jnp.swapaxes(jax.lax.stop_gradient(rotations), -1, -2)
+            seen = jnp.matmul(x.astype(dtype), axes_found, precision=_HIGHEST)
+            seen = seen.reshape(*seen.shape[:-2], -1)
+            numbers = jnp.concatenate([y.astype(numbers.dtype) for y in (numbers, size, seen)], axis=-1)
         translations = dense(3, name="translation")(numbers).astype(dtype)
         centroids = vector_mean_pool(parts.astype(dtype)[..., None, :], mask=mask)[..., 0, :]
         if present is not None:

@@ -141,6 +141,14 @@ def test_a_mirrored_part_gets_a_proper_rotation_and_the_same_shape_features(rng)
     np.testing.assert_allclose(*(x["intermediates"]["shapes"][0] for x in (state, mirrored)), atol=1e-4)
 
 
+def test_the_stable_form_can_place_a_part_and_its_mirror_image_apart_and_the_published_one_cannot(rng):
+    parts = jnp.asarray(fragments(rng)[0], jnp.float32)
+    for stable in (True, False):
+        variables, apply = started(stable=stable)
+        first, second = (apply(variables, parts * jnp.array([1, 1, sign]))[0].translations for sign in (1, -1))
+        assert (float(jnp.max(jnp.abs(first - second))) > 1e-2) == stable
+
+
 def test_parts_may_come_in_any_order(rng):
     variables, apply = started()
     parts = jnp.asarray(fragments(rng)[0], jnp.float32)
