@@ -1,5 +1,9 @@
 """Hierarchical vision transformers and other layers that mix tokens inside windows, one paper a file."""
 
+from jaxlayers.window.att_swin_unet import AttSwinUNet as AttSwinUNet
+from jaxlayers.window.att_swin_unet import CrossContextualAttention as CrossContextualAttention
+from jaxlayers.window.att_swin_unet import PatchExpanding as PatchExpanding
+from jaxlayers.window.att_swin_unet import SharedAttentionBlock as SharedAttentionBlock
 from jaxlayers.window.axial_resnet import AxialBottleneck as AxialBottleneck
 from jaxlayers.window.axial_resnet import AxialResNet as AxialResNet
 from jaxlayers.window.axial_resnet import PositionSensitiveAttention as PositionSensitiveAttention
@@ -14,6 +18,8 @@ from jaxlayers.window.cvt import ConvProjection as ConvProjection
 from jaxlayers.window.cvt import ConvTokenEmbed as ConvTokenEmbed
 from jaxlayers.window.cvt import Cvt as Cvt
 from jaxlayers.window.cvt import CvtBlock as CvtBlock
+from jaxlayers.window.drct import DRCT as DRCT
+from jaxlayers.window.drct import ResidualDenseGroup as ResidualDenseGroup
 from jaxlayers.window.fit import FIT as FIT
 from jaxlayers.window.fit import FITAR as FITAR
 from jaxlayers.window.fit import FITBlock as FITBlock
@@ -24,6 +30,12 @@ from jaxlayers.window.hiera import HieraBlock as HieraBlock
 from jaxlayers.window.hiera import HieraEmbed as HieraEmbed
 from jaxlayers.window.hiera import HieraStage as HieraStage
 from jaxlayers.window.hiera import MaskUnitAttention as MaskUnitAttention
+from jaxlayers.window.maxim import Maxim as Maxim
+from jaxlayers.window.maxim_blocks import CrossGating as CrossGating
+from jaxlayers.window.maxim_blocks import MultiAxisGatedMlp as MultiAxisGatedMlp
+from jaxlayers.window.maxim_blocks import ResidualChannelAttention as ResidualChannelAttention
+from jaxlayers.window.maxim_blocks import SpatialGatingUnit as SpatialGatingUnit
+from jaxlayers.window.maxim_blocks import SupervisedAttention as SupervisedAttention
 from jaxlayers.window.maxvit import MaxViT as MaxViT
 from jaxlayers.window.maxvit import MaxViTBlock as MaxViTBlock
 from jaxlayers.window.maxvit import MBConv as MBConv
@@ -31,9 +43,20 @@ from jaxlayers.window.maxvit import PartitionAttention as PartitionAttention
 from jaxlayers.window.rmt import RMT as RMT
 from jaxlayers.window.rmt import ManhattanAttention as ManhattanAttention
 from jaxlayers.window.rmt import RMTBlock as RMTBlock
+from jaxlayers.window.s2lic import S2LIC as S2LIC
+from jaxlayers.window.s2lic_entropy import ACGCEntropyModel as ACGCEntropyModel
+from jaxlayers.window.s2lic_entropy import ChannelwiseContext as ChannelwiseContext
+from jaxlayers.window.s2lic_entropy import FactorizedPrior as FactorizedPrior
+from jaxlayers.window.s2lic_entropy import GlobalInterContext as GlobalInterContext
 from jaxlayers.window.shiftvit import ShiftViT as ShiftViT
 from jaxlayers.window.shiftvit import ShiftViTBlock as ShiftViTBlock
 from jaxlayers.window.simmim import SimMIM as SimMIM
+from jaxlayers.window.styleswin import AdaptiveInstanceNorm as AdaptiveInstanceNorm
+from jaxlayers.window.styleswin import DoubleWindowAttention as DoubleWindowAttention
+from jaxlayers.window.styleswin import EqualizedDense as EqualizedDense
+from jaxlayers.window.styleswin import StyleSwin as StyleSwin
+from jaxlayers.window.styleswin import StyleSwinBlock as StyleSwinBlock
+from jaxlayers.window.styleswin_discriminator import WaveletDiscriminator as WaveletDiscriminator
 from jaxlayers.window.swin import PatchMerging as PatchMerging
 from jaxlayers.window.swin import Swin as Swin
 from jaxlayers.window.swin import SwinBlock as SwinBlock
@@ -41,11 +64,17 @@ from jaxlayers.window.swin import WindowAttention as WindowAttention
 from jaxlayers.window.swin3d import SparseWindowAttention as SparseWindowAttention
 from jaxlayers.window.swin3d import Swin3D as Swin3D
 from jaxlayers.window.swin3d import Swin3DBlock as Swin3DBlock
+from jaxlayers.window.swin_unetr import SwinUNETR as SwinUNETR
+from jaxlayers.window.swin_unetr import UNetResBlock as UNetResBlock
 from jaxlayers.window.swin_v2 import ContinuousPositionBias as ContinuousPositionBias
 from jaxlayers.window.swin_v2 import CosineWindowAttention as CosineWindowAttention
 from jaxlayers.window.swin_v2 import PatchMergingV2 as PatchMergingV2
 from jaxlayers.window.swin_v2 import SwinV2 as SwinV2
 from jaxlayers.window.swin_v2 import SwinV2Block as SwinV2Block
+from jaxlayers.window.swinface import ChannelGate as ChannelGate
+from jaxlayers.window.swinface import CosineClassifier as CosineClassifier
+from jaxlayers.window.swinface import MultiLevelChannelAttention as MultiLevelChannelAttention
+from jaxlayers.window.swinface import SwinFace as SwinFace
 from jaxlayers.window.tnt import TNT as TNT
 from jaxlayers.window.tnt import TNTBlock as TNTBlock
 from jaxlayers.window.turbovit import TurboViT as TurboViT

@@ -1,0 +1,66 @@
+"""The simulated volumes are what they are said to be, and the page says what was measured."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import swin_unetr_volumes as task
+from tools import volumes_table
+
+
+def test_volumes_are_seeded_and_hold_their_parts():
+    one, again, other = (task.volumes(12, seed=seed) for seed in (0, 0, 1))
+    for index in range(12):
+        np.testing.assert_array_equal(one[index]["image"], again[index]["image"])
+        assert not np.array_equal(one[index]["label"], other[index]["label"])
+        label = one[index]["label"]
+        assert {0, 1, 2} <= set(np.unique(label)) <= set(range(len(task.CLASSES)))
+        # The core lies inside the rim: no neighbour of it is an organ or ground.
+        core = np.argwhere(label == 4)
+        around = np.concatenate([core + step for step in (*np.eye(3, dtype=int), *-np.eye(3, dtype=int))])
+        assert set(label[tuple(around.T)]) <= {3, 4}
+    assert any(4 in one[index]["label"] for index in range(12))
+
+
+def test_only_the_mark_tells_the_organs_apart():
+    sides, bright, mean = [], [], []
+    for index, record in enumerate(task.volumes(60, seed=0)[index] for index in range(60)):
+        del index
+        places = np.argwhere(record["label"] == 1)[:, 1]
+        others = np.argwhere(record["label"] == 2)[:, 1]
+        sides.append(places.mean() > others.mean())
+        edge = record["image"][8:-8, :, 8:-8, 0]
+        bright.append(edge[:, -4:].max() > edge[:, :4].max())
+        mean.append(record["image"][record["label"] == 1].mean() > record["image"][record["label"] == 2].mean())
+    assert 0.3 < np.mean(sides) < 0.7
+    assert np.mean(np.equal(sides, bright)) > 0.9
+    # Negative control: brightness of the organs says little.
+    assert 0.25 < np.mean(mean) < 0.75
+
+
+def test_dice_counts_voxels_of_the_whole_set():
+    source = task.volumes(3, seed=0, size=(24, 20, 22))
+    truth = {record["image"].tobytes(): record["label"] for record in (source[index] for index in range(3))}
+
+    def oracle(x):
+        return jnp.eye(len(task.CLASSES))[truth[np.asarray(x[0]).tobytes()]][None]
+
+    assert volumes_table.dice(oracle, source) == pytest.approx([1.0] * 5)
+    ground = volumes_table.dice(lambda x: jnp.eye(5)[jnp.zeros(x.shape[:-1], int)], source)
+    share = np.mean([label == 0 for label in truth.values()])
+    assert ground == pytest.approx([2 * share / (1 + share), 0, 0, 0, 0])
+    assert "| one | 1.000 | 0.500 | 0.000 | 0.000 | 0.000 | 0.300 |" in volumes_table.table({"one": [1, 0.5, 0, 0, 0]})
+
+
+@pytest.mark.slow
+def test_page_is_written_from_a_run(tmp_path):
+    page = volumes_table.main(["--smoke", "--run", str(tmp_path / "run"), "--docs", str(tmp_path), "--count", "1"])
+    assert (tmp_path / "volumes.md").read_text() == page
+    assert (tmp_path / "images" / "volumes.png").exists()
+    assert page.count("| U-Net, whole volume |") == 2
+
+
+@pytest.mark.slow
+def test_recomputing_leaves_room_for_a_volume_of_96():
+    kept, recomputed = (volumes_table.memory(policy, 96) for policy in ("none", "full"))
+    assert recomputed < 0.6 * kept
