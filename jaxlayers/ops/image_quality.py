@@ -50,7 +50,7 @@ def psnr(
     x: Num[Array, "*batch height width channels"],
     y: Num[Array, "*batch_y height_y width_y channels_y"],
     *,
-    data_range: float = 1.0,
+    data_range: float | int = 1.0,
     border: int = 0,
 ) -> Float[Array, "*batch"]:
     """Return the peak signal-to-noise ratio, 10 log10(range^2 / mean (x - y)^2), in decibels.
@@ -75,7 +75,7 @@ def ssim(
     x: Num[Array, "*batch height width channels"],
     y: Num[Array, "*batch_y height_y width_y channels_y"],
     *,
-    data_range: float = 1.0,
+    data_range: float | int = 1.0,
     border: int = 0,
 ) -> Float[Array, "*batch"]:
     r"""Return the structural similarity, 1 for equal pictures.
@@ -117,7 +117,7 @@ def ms_ssim(
     x: Num[Array, "*batch height width channels"],
     y: Num[Array, "*batch_y height_y width_y channels_y"],
     *,
-    data_range: float = 1.0,
+    data_range: float | int = 1.0,
     border: int = 0,
 ) -> Float[Array, "*batch"]:
     """Return the structural similarity over five scales, each half as fine as the one before.
@@ -161,7 +161,7 @@ def _floating(x: Array) -> Array:
     return x.astype(at_least_float32(x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32))
 
 
-def _pair(x: Array, y: Array, data_range: float, border: int, *, least: int) -> tuple[Array, Array]:
+def _pair(x: Array, y: Array, data_range: float | int, border: int, *, least: int) -> tuple[Array, Array]:
     """Check two pictures, cut their borders off and make them floating-point, wide enough to subtract."""
     if x.ndim < 3 or x.shape != y.shape:
         raise ValueError(
@@ -206,7 +206,7 @@ def _moments(x: Array) -> tuple[Array, Array]:
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _dissimilarity(x: Array, y: Array, data_range: float) -> tuple[Array, Array]:
+def _dissimilarity(x: Array, y: Array, data_range: float | int) -> tuple[Array, Array]:
     """Return 1 - similarity at each place and channel, and 1 - its factor of contrast and structure.
 
     From 1, since float32 holds a small difference much better than what is left of 1.

@@ -21,6 +21,7 @@ from jaxlayers.core.dtypes import at_least_float32
 from jaxlayers.core.initializers import zeros
 from jaxlayers.core.types import Dtype, Initializer
 from jaxlayers.nn.multi_head import attention_weights, merge_heads, split_heads
+from jaxlayers.ops.depthwise import as_general_conv
 from jaxlayers.ops.grid_sample import grid_sample
 from jaxlayers.ops.range_coder import CodingTables, coding_tables
 
@@ -186,7 +187,15 @@ def _convolution(features: int, kernel: int, common: Any, name: str) -> nn.Conv:
 
 def _depthwise(x: Array, features: int, common: Any) -> Array:
     """Apply a depthwise 3 x 3 convolution, and a product that gives it the width of the branch beside it."""
-    x = nn.Conv(x.shape[-1], (3, 3), feature_group_count=x.shape[-1], padding="SAME", name="depthwise", **common)(x)
+    x = nn.Conv(
+        x.shape[-1],
+        (3, 3),
+        feature_group_count=x.shape[-1],
+        padding="SAME",
+        conv_general_dilated=as_general_conv,
+        name="depthwise",
+        **common,
+    )(x)
     return nn.Dense(features, name="pointwise", **common)(nn.gelu(x, approximate=False))
 
 
@@ -360,15 +369,19 @@ class GlobalInterContext(nn.Module):
         }
         query = nn.Dense(width, name="query", **common)(x)
         kernel = 2 * stride + 1
+        # As "SAME" pads, which the depthwise convolution does without a stride alone.
+        missing = [max((-(-size // stride) - 1) * stride + kernel - size, 0) for size in x.shape[-3:-1]]
+        ends = [(0, 0)] * (x.ndim - 3) + [(total // 2, total - total // 2) for total in missing] + [(0, 0)]
         moved = nn.Conv(
             width,
             (kernel, kernel),
             strides=stride,
-            padding="SAME",
+            padding="VALID",
             feature_group_count=width,
+            conv_general_dilated=as_general_conv,
             name="offset_depthwise",
             **common,
-        )(query)
+        )(jnp.pad(query, ends))
         offsets = nn.Dense(2, name="offset", **common)(nn.gelu(moved, approximate=False))
         wide = at_least_float32(offsets.dtype)
         centres = (

@@ -7,9 +7,11 @@ import pytest
 from configs import swin_unetr_volumes as task
 from tools import volumes_table
 
+SIZE = (24, 24, 24)
+
 
 def test_volumes_are_seeded_and_hold_their_parts():
-    one, again, other = (task.volumes(12, seed=seed) for seed in (0, 0, 1))
+    one, again, other = (task.volumes(12, seed=seed, size=SIZE) for seed in (0, 0, 1))
     for index in range(12):
         np.testing.assert_array_equal(one[index]["image"], again[index]["image"])
         assert not np.array_equal(one[index]["label"], other[index]["label"])
@@ -23,8 +25,9 @@ def test_volumes_are_seeded_and_hold_their_parts():
 
 
 def test_only_the_mark_tells_the_organs_apart():
+    source = task.volumes(60, seed=0, size=SIZE)
     sides, bright, mean = [], [], []
-    for index, record in enumerate(task.volumes(60, seed=0)[index] for index in range(60)):
+    for index, record in enumerate(source[index] for index in range(60)):
         del index
         places = np.argwhere(record["label"] == 1)[:, 1]
         others = np.argwhere(record["label"] == 2)[:, 1]
