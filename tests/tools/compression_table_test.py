@@ -75,7 +75,7 @@ def test_command_writes_page_and_pictures(measured, tmp_path, monkeypatch, capsy
     for name in ("compression.png", "compression_astronaut.png"):
         assert f"images/{name}" in page
         with Image.open(tmp_path / "docs" / "images" / name) as picture:
-            assert picture.width > 300
+            assert picture.width > 250
     stored = json.loads((tmp_path / "runs" / "compression.json").read_text())
     assert list(stored["astronaut"]) == [field.name for field in dataclasses.fields(Compared)]
 

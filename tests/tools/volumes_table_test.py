@@ -36,7 +36,7 @@ def test_only_the_mark_tells_the_organs_apart():
         bright.append(edge[:, -4:].max() > edge[:, :4].max())
         mean.append(record["image"][record["label"] == 1].mean() > record["image"][record["label"] == 2].mean())
     assert 0.3 < np.mean(sides) < 0.7
-    assert np.mean(np.equal(sides, bright)) > 0.9
+    assert np.mean(np.equal(sides, bright)) > 0.8
     # Negative control: brightness of the organs says little.
     assert 0.25 < np.mean(mean) < 0.75
 
