@@ -184,8 +184,8 @@ lowest quality whose file is no smaller than that of S2LIC: it has as many bytes
 
 {table}
 
-After so little training JPEG has the better PSNR at every rate; in MS-SSIM the network draws level with it at the lowest
-rate of astronaut, and passes JPEG without colour subsampling there and on chelsea.
+After so little training JPEG has the better PSNR at every rate; in MS-SSIM the network draws level with it at the
+lowest rate of astronaut, and passes JPEG without colour subsampling there and on chelsea.
 
 ![PSNR and MS-SSIM over the rate](images/compression.png)
 
