@@ -31,16 +31,39 @@ def collect_cases():
 
 
 CASES = collect_cases()
-# One case's checks share its variables, so they stay in one worker process.
-GROUPS = {case.name: pytest.mark.xdist_group(case.name) for case in CASES}
-every_case = pytest.mark.parametrize(
-    "case", [pytest.param(case, id=case.name, marks=GROUPS[case.name]) for case in CASES]
-)
-# What compiles most is left to the extended suite for modules that run inside that of another case.
+# A worker runs all checks of a case one after the other, since they share its variables and compiled programs.
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+# Modules that run inside that of another case leave to the extended suite what it shows of them as well.
 every_whole = pytest.mark.parametrize(
+    "case", [pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.within else []) for case in CASES]
+)
+# The checks that compile most and that change with the shared floors below, not with a layer, are made by default for
+# a few of each family, and for all in the extended suite.
+REPRESENTATIVES = frozenset(
+    {
+        "convnext",
+        "egnn",
+        "feed_forward",
+        "frame_averaging_pointnet",
+        "gcn",
+        "hopfield_classifier",
+        "hopular",
+        "maxvit",
+        "octahedral_cnn",
+        "se3_transformer",
+        "set_transformer",
+        "styleswin",
+        "swin",
+        "swin_unetr",
+        "swin_v2",
+        "transformer_block",
+        "vn_pointnet",
+    }
+)
+representatives = pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, id=case.name, marks=(GROUPS[case.name], *([pytest.mark.slow] if case.within else ())))
+        pytest.param(case, id=case.name, marks=[] if case.name in REPRESENTATIVES else [pytest.mark.slow])
         for case in CASES
     ],
 )
@@ -49,6 +72,7 @@ every_whole = pytest.mark.parametrize(
 def test_case_names_are_unique():
     names = [case.name for case in CASES]
     assert len(names) == len(set(names))
+    assert set(names) >= REPRESENTATIVES
 
 
 @pytest.mark.parametrize("part", [case for case in CASES if case.within], ids=lambda case: case.name)
@@ -67,7 +91,7 @@ def test_parameter_tree_is_the_stored_one(case, request):
     conformance.check_parameters(case, stored.read_text())
 
 
-@every_whole
+@representatives
 def test_jit_vmap_and_leading_axes_change_nothing(case):
     conformance.check_transformations(case)
 
@@ -77,7 +101,7 @@ def test_every_parameter_gets_a_gradient(case):
     conformance.check_gradients(case)
 
 
-@every_whole
+@representatives
 def test_bfloat16_and_float64_run(case):
     conformance.check_dtypes(case)
 
@@ -87,17 +111,17 @@ def test_declared_symmetries_hold_and_their_controls_fail(case):
     conformance.check_symmetries(case)
 
 
-@every_whole
+@representatives
 def test_symmetries_survive_training_and_gradients_have_them_too(case):
     conformance.check_trained_symmetries(case)
 
 
-@every_whole
+@representatives
 def test_sharded_equals_unsharded(case):
     conformance.check_sharding(case)
 
 
-@every_whole
+@representatives
 def test_round_trips_give_back_the_parameters(case, tmp_path):
     conformance.check_round_trips(case, tmp_path)
 
@@ -107,7 +131,7 @@ def test_wrong_uses_raise_the_stated_error(case):
     conformance.check_bad_inputs(case)
 
 
-@every_whole
+@representatives
 def test_lowers_for_tpu(case):
     conformance.check_tpu_lowering(case)
 

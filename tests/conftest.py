@@ -6,8 +6,15 @@ import os
 import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+# Eight devices; and code that compiles soon rather than runs fast, where nothing is said of either. At level 0 some
+# gradients of a maximum are wrong.
+for flag, value in (
+    ("xla_force_host_platform_device_count", "8"),
+    ("xla_backend_optimization_level", "1"),
+    ("xla_llvm_disable_expensive_passes", "true"),
+):
+    if flag not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{flag}={value}".strip()
 
 import jax
 import jaxtyping
@@ -25,6 +32,32 @@ def pytest_ignore_collect(collection_path, config):
     # The parity suite needs PyTorch and its models; it runs only when it is asked for by name.
     asked = any("parity" in argument for argument in config.args)
     return True if collection_path.name == "parity" and not asked else None
+
+
+def pytest_collection_modifyitems(items):
+    """Leave to the extended suite the counts of all variants of a family but the first: tracing them takes long."""
+    for item in items:
+        name = getattr(item, "originalname", "") or ""
+        if name.startswith("test_variants_have_") and hasattr(item, "callspec") and any(item.callspec.indices.values()):
+            item.add_marker(pytest.mark.slow)
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """Keep a file's tests in one worker, and those of a case of the conformance suite: they share compiled programs.
+
+    The plugin's own groups are lost without a word under pytest 9.2, which no longer reads the names it changes.
+    """
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file, _, test = nodeid.partition("::")
+            case = test.partition("[")[2]
+            return f"{file}[{case}" if file.endswith("conformance_test.py") else file
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(autouse=True)

@@ -330,6 +330,7 @@ def test_convolution_equals_a_loop_over_pairs_in_numpy(bound, rng):
     assert sizes <= {3} if neighbours else max(sizes) > 3
 
 
+@pytest.mark.slow
 def test_bounds_that_hold_everything_change_nothing(rng):
     pairs, values = (jnp.asarray(x, jnp.float32) for x in lifted(rng))
     free = LieConv(3, "SE(2)")

@@ -292,6 +292,7 @@ def test_quarter_turns_and_mirrorings_follow_the_phase_law_exactly(rng, kind):
             np.testing.assert_allclose(after, (-1.0) ** m * jnp.conj(before), atol=1e-12)
 
 
+@pytest.mark.slow
 @every_kind
 def test_reconstruction_error_falls_with_the_order(kind):
     image = jnp.asarray(blob(48, 0.3)[..., None], jnp.float32)
@@ -336,6 +337,7 @@ def test_products_tell_apart_what_magnitudes_cannot():
     assert float(jnp.max(jnp.abs(products[0] - products[1]))) > 0.3
 
 
+@pytest.mark.slow
 def test_gradient_is_finite_where_moments_vanish():
     for invariants in ("magnitudes", "chiral"):
         layer = MomentInvariants(order=4, invariants=invariants)
@@ -353,6 +355,7 @@ def test_nan_shows_in_its_own_channel_only(rng):
     assert bool(jnp.all(jnp.isfinite(out[1])))
 
 
+@pytest.mark.slow
 def test_plain_convolutions_and_flattening_are_not_invariant(rng):
     inputs = images(rng, size=6).astype(np.float32)
     for body, invariants, holds in (

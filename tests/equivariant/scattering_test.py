@@ -301,6 +301,7 @@ def test_lipschitz_constants_are_bounds_and_attained(rng, name):
     assert 0.99 * rule.lipschitz < np.max(ratio) <= rule.lipschitz + 1e-9
 
 
+@pytest.mark.slow
 def test_energy_is_kept_by_tight_frames_and_lost_with_depth(rng):
     with jax.enable_x64(True):
         signal = jnp.asarray(rng.normal(size=(1, 32)))
@@ -397,6 +398,7 @@ def brute_force_morlet(image, scales, orientations):
     return np.stack([low(image, 0), *(low(u, j) for j, u in first), *second], axis=-1)
 
 
+@pytest.mark.slow
 def test_morlet_coefficients_equal_brute_force(rng):
     image = rng.normal(size=(16, 16))
     with jax.enable_x64(True):

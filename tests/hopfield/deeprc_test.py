@@ -308,6 +308,7 @@ def temporary_bytes(model, sequences):
     return gradient.lower(params, residues).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_memory_of_chunks_grows_by_the_embeddings_alone():
     model = DeepRC(2, SequenceEmbedding(8, 5, chunk_size=500), key_features=())
     embeddings = 4000 * 8 * 4

@@ -250,6 +250,7 @@ def test_turning_or_renaming_neurons_everywhere_changes_nothing_else(rng):
     np.testing.assert_array_equal(sweep(state[:, shuffle], patterns[:, shuffle], polynomial(3)), once[:, shuffle])
 
 
+@pytest.mark.slow
 def test_leading_axes_vmap_and_single_states_agree(rng):
     state, patterns = as_jax(signs(rng, 2, 3, 20), signs(rng, 15, 20))
     whole = reach(state, patterns, polynomial(3), key=jax.random.key(0))

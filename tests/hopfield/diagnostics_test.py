@@ -154,6 +154,7 @@ def clusters(rng, groups=4, members=5, features=8, radius=3.0):
     return jnp.asarray(radius * points / np.linalg.norm(points, axis=-1, keepdims=True), jnp.float32)
 
 
+@pytest.mark.slow
 def test_beta_decides_the_type_of_the_fixed_point(rng):
     stored = clusters(rng)
     reach = functools.partial(rest_of, stored, stored)

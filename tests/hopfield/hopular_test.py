@@ -639,6 +639,7 @@ def test_modules_equal_the_reference(golden):
     np.testing.assert_allclose(found, stored["block"], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_model_and_losses_equal_the_reference(golden):
     stored, train, rows, model, _, _, params = golden
     apply = functools.partial(

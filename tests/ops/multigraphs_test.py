@@ -208,6 +208,7 @@ def test_width_is_that_of_the_best_order():
     assert width(grid) == 3
 
 
+@pytest.mark.slow
 def test_polynomials_beyond_matrix_products_are_those_of_the_reference():
     with np.load("tests/golden/graph_polynomials_parity.npz") as golden:
         adjacency = golden["beyond/adjacency"]

@@ -41,6 +41,7 @@ def commuting(pairs):
     return vectors[values < 1e-9]
 
 
+@pytest.mark.slow
 def test_solver_finds_the_known_dimension_of_lorentz_tensors():
     # O(1, 3) from vectors to tensors with two indices up and one down: v^a times the identity, two ways, and v_c g^ab.
     metric, a = np.diag([1.0, -1, -1, -1]), 0.7
@@ -136,6 +137,7 @@ def test_padding_changes_nothing_whatever_it_holds(order, out_order, normalize):
         assert not np.delete(np.asarray(gradient), np.flatnonzero(mask), axis=0).any()
 
 
+@pytest.mark.slow
 def test_means_do_not_grow_with_the_graph():
     kernel = jnp.ones((15, 1, 1))
     found = [permutation_map(jnp.ones((size, size, 1)), kernel, 2, 2)[0, 1, 0] for size in (4, 8, 16)]

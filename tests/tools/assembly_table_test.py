@@ -8,7 +8,7 @@ import pytest
 from scipy.spatial import cKDTree
 
 from configs import se3_assembly_fragments as task
-from jaxlayers.equivariant.se3_assembly import Poses, place
+from jaxlayers.equivariant.se3_assembly import Poses, place, rotation_angle
 from tools import assembly_table
 
 
@@ -84,16 +84,17 @@ def test_errors_are_those_of_the_poses():
 def test_closest_points_pose_what_is_whole_and_not_what_is_broken():
     record = task.Fragments(1, seed=3)[0]
     template = task.jug(np.random.RandomState(1), task.POINTS * 3, spread=0.0)[: 2 * task.POINTS]
-    turns = np.stack([task._turn(np.random.RandomState(seed).normal(size=4)) for seed in range(2)])
+    turns = np.stack([task._turn(np.random.RandomState(seed).normal(size=4)) for seed in range(4)])
     whole = {
         "parts": np.stack([template @ turn for turn in turns])[None].astype(np.float32),
         "rotation": turns[None].astype(np.float32),
-        "translation": np.broadcast_to(template.mean(axis=0), (1, 2, 3)).astype(np.float32),
+        "translation": np.broadcast_to(template.mean(axis=0), (1, 4, 3)).astype(np.float32),
     }
-    found = task.measure(whole, task.onto_template(whole))
-    # Few points: one of the two may stop a little away from where it belongs.
-    assert float(found["absolute_degrees"][0]) < 45
-    assert float(found["absolute_translation"][0]) < 0.1
+    found = task.onto_template(whole)
+    off = jnp.rad2deg(rotation_angle(found.rotations, jnp.asarray(whole["rotation"])))
+    # Of four it poses three; one stops at a place that fits almost as well.
+    assert int(jnp.sum(off < 5)) >= 3
+    np.testing.assert_allclose(found.translations, whole["translation"], atol=0.05)
     broken = {name: value[None] for name, value in record.items()}
     # Laid on each other instead of beside each other.
     assert float(task.measure(broken, task.onto_each_other(broken))["translation"][0]) > 0.3

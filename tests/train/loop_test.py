@@ -374,6 +374,7 @@ def test_early_stop_counts_on_across_a_restart(config, tmp_path):
     assert loop.train(still, tmp_path, silent=True).step == 8
 
 
+@pytest.mark.slow
 def test_the_average_is_what_is_evaluated(config, tmp_path):
     # An average that does not move keeps the accuracy of the first parameters.
     averaged = dataclasses.replace(config, ema_decay=0.999, steps=9)

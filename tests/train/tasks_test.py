@@ -304,6 +304,7 @@ class FromTable(nn.Module):
         return nn.Dense(2)(jnp.concatenate([columns, nn.Embed(self.cardinality, 3)(categories[:, 0])], axis=-1))
 
 
+@pytest.mark.slow
 def test_a_table_is_classified_and_its_numbers_are_measured_in_their_own_units(table):
     fitted = tasks.fit_table(arrays(**table), numeric=("age",), categorical=("port",))
     task = tasks.tabular(fitted, target="sold", num_classes=2)
@@ -342,6 +343,7 @@ def hidden():
     return model, task, columns, params
 
 
+@pytest.mark.slow
 def test_each_step_hides_other_patches_and_the_loss_is_theirs(hidden):
     model, task, columns, params = hidden
     seen = []

@@ -375,6 +375,7 @@ PUBLISHED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", axial_resnet.VARIANTS)
 def test_variants_have_the_published_parameters_and_multiply_accumulates(name):
     variant = axial_resnet.VARIANTS[name]
@@ -398,6 +399,7 @@ def test_features_are_a_pyramid_of_every_stage(tiny):
     assert [level.stride for level in levels] == [(4, 4), (8, 8)]
 
 
+@pytest.mark.slow
 def test_one_tree_serves_every_size_up_to_its_own(tiny, untyped):
     shapes = jax.tree.map(jnp.shape, tiny)
     for size in [(32, 32), (1, 30), (31, 17)]:
@@ -462,6 +464,7 @@ def test_training_updates_every_statistic():
     assert all(jax.tree.leaves(moved))
 
 
+@pytest.mark.slow
 def test_recomputation_changes_neither_gradients_nor_statistics():
     layer = PositionSensitiveAttention(num_heads=1, max_length=3)
     x = normal(2, 3, 2, 4)
@@ -482,6 +485,7 @@ def test_recomputation_changes_neither_gradients_nor_statistics():
     assert "remat" in str(jax.make_jaxpr(run("attention"))(variables["params"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["full", "attention"])
 def test_models_recompute_what_their_field_says(tiny, policy):
     x = jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32)

@@ -489,6 +489,7 @@ def test_bits_per_dimension_is_the_mean_negative_log_probability(rng):
     assert math.isclose(found, expected, rel_tol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_few_steps_on_digits_beat_the_histogram_of_each_pixel():
     datasets = pytest.importorskip("sklearn.datasets")
     x = datasets.load_digits().images.astype(np.int32)[..., None]
@@ -537,6 +538,7 @@ def test_dropout_of_the_branches_is_random_in_training_alone():
     assert np.any(np.isclose(first, x, atol=1e-6))
 
 
+@pytest.mark.slow
 def test_recomputation_changes_no_gradient_and_is_in_the_program():
     encoder = AxialEncoder(num_heads=1, depth=1)
     x = normal(2, 2, 3, 4)

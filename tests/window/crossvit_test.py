@@ -328,6 +328,7 @@ def test_without_head_the_output_is_both_class_tokens(tiny):
     np.testing.assert_allclose((heads[0] + heads[1]) / 2, logits, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_drop_path_rates_grow_over_encoders():
     model = TINY.clone(drop_path_rate=0.9, image_size=(3, 4))
     x = jnp.ones((300, 3, 4, 3))

@@ -386,6 +386,7 @@ def test_training_updates_every_statistic_and_drops_whole_samples():
     assert np.mean(dropped["stages_1", "blocks_1"]) > 0.5
 
 
+@pytest.mark.slow
 def test_remat_changes_neither_logits_nor_gradients_nor_statistics():
     model = TINY.clone(patch_size=(3,), strides=(4,), embed_dim=(4,), depths=(1,), num_heads=(2,), mlp_ratio=1.0)
     model = model.clone(drop_path_rate=(0.0,))

@@ -628,6 +628,7 @@ def test_drop_path_drops_groups_of_samples_in_local_layers():
         assert abs(lost - 0.5) < 0.1
 
 
+@pytest.mark.slow
 def test_remat_changes_neither_outputs_nor_gradients(rng):
     # Causal, so that a mask is made within what is computed again.
     block = BLOCK.clone(causal=True, num_heads=(1, 1), mlp_ratio=1.0, writes=False)

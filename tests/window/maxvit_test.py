@@ -464,6 +464,7 @@ def test_every_variant_is_counted():
 
 
 # Counted in timm's models with PyTorch's counter.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "expected"), [("maxvit_tiny", 5.552e9), ("maxvit_small", 11.589e9), ("maxvit_tiny_384", 17.393e9)]
 )
@@ -552,6 +553,7 @@ def test_training_norms_by_the_batch_and_moves_the_running_statistics():
     np.testing.assert_allclose(after["var"], 0.99 * before["var"] + 0.01 * x.var((0, 1, 2)), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_remat_changes_neither_logits_nor_gradients_nor_statistics():
     model = TINY.clone(embed_dim=(4,), depths=(1,))
     x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 8, 8, 1)), jnp.float32)

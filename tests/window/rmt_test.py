@@ -563,6 +563,7 @@ def test_drop_path_rates_grow_with_depth_and_drop_whole_samples():
     assert 0.1 < same.all(1).mean() < 0.4
 
 
+@pytest.mark.slow
 def test_recomputation_changes_no_gradient_and_is_in_the_program():
     one_stage = {"embed_dim": (2,), "depths": (1,), "num_heads": (1,), "mlp_ratio": (1.0,), "decomposed": (True,)}
     model = TINY.clone(**one_stage, decays=((2.0, 4.0),), layer_scale=(None,))

@@ -38,8 +38,8 @@ CASES = (
         inputs=lambda rng: (rng.uniform(size=(2, 16, 13, 3)),),
         leading_axes=True,
         zero_gradients=KEY_BIAS,
-        # In bfloat16 some latents round to the next whole number.
-        bfloat16_tolerance=1.0,
+        # In bfloat16 some latents round to the next whole number: 0.09 at the worst pixel, 0.001 at half of them.
+        bfloat16_tolerance=0.15,
         bad_inputs=(
             BadInput(match=r"depths=\(1,\) and num_heads=\(2, 2\) must", module=TINY.clone(num_heads=(2, 2))),
             BadInput(match="enhance_features=-1 not negative", module=TINY.clone(enhance_features=-1)),

@@ -483,6 +483,7 @@ def amplitudes(make, x, depth=12):
     return np.sqrt(np.mean(np.square(maps), axis=(1, 2, 3, 4)))
 
 
+@pytest.mark.slow
 def test_residual_post_norm_grows_mildly_whatever_the_kernels():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 8, 8, 16)), jnp.float32)
     # Kernels four times as large as those that keep the variance.
@@ -533,6 +534,7 @@ def test_variants_have_the_published_number_of_parameters(name):
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == PUBLISHED[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "giga"),
     [
@@ -608,6 +610,7 @@ def assert_trees_close(found, expected, tolerance):
         np.testing.assert_allclose(found[path], leaf, atol=tolerance * scale, err_msg=path)
 
 
+@pytest.mark.slow
 def test_remat_and_scan_change_neither_logits_nor_gradients(small):
     params, x, ((_, logits), gradient) = small
     both = SMALL.clone(remat="full", scan=True)

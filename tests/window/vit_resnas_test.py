@@ -289,6 +289,7 @@ def build(name):
     return variant["module"](**fields), variant["inputs"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", vit_resnas.VARIANTS)
 def test_variants_have_the_published_parameters_and_multiply_accumulates(name):
     model, inputs = build(name)
@@ -352,6 +353,7 @@ def test_resize_fits_the_positions_and_leaves_the_rest(variables):
         vit_resnas.resize(params, SUPER, SUPER.clone(stem_features=4))
 
 
+@pytest.mark.slow
 def test_recomputation_changes_no_gradient_and_is_in_the_program(variables):
     small = SMALL.clone(num_classes=0)
     part = {
@@ -440,6 +442,7 @@ def test_sub_network_is_the_standalone_model_of_the_sliced_parameters(variables,
         np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
 
 
+@pytest.mark.slow
 def test_masked_network_is_the_sub_network_of_each_image(variables, forward):
     run, traced = forward
     logits, patches = run(variables, IMAGES, stack(ARCHITECTURES))
@@ -462,6 +465,7 @@ def test_masked_network_is_the_sub_network_of_each_image(variables, forward):
     assert len(traced) == programs
 
 
+@pytest.mark.slow
 def test_one_backward_pass_sums_the_gradients_of_the_sub_networks(variables):
     # Two images, of networks that lack features, heads, hidden features and blocks.
     chosen, x = ARCHITECTURES[2:], IMAGES[:2]
