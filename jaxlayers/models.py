@@ -109,6 +109,15 @@ def abstract_inputs(name: str, *, batch_size: int | None = None) -> tuple[Any, .
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((batch_size, *leaf.shape[1:]), leaf.dtype), inputs)
 
 
+def variant_module(name: str) -> Any:
+    """Return the class of a named variant, or the function that makes it.
+
+    Raises:
+      ValueError: if there is no such variant.
+    """
+    return _variant(name)["module"]
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return a phrase `"; did you mean ...?"` with the closest known words, or an empty string."""
     matches = difflib.get_close_matches(word, sorted(known), n=3, cutoff=0.5)

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import SingleDeviceSharding
 
+from jaxlayers import files
 from train import checkpoint
 
 CONFIG = "config.json"
@@ -111,17 +112,28 @@ def _flat(name: str) -> str:
     return name.replace("/", ".")
 
 
-def write_safetensors(folder: Path, tensors: Mapping[str, np.ndarray], *, shard_size: int = SHARD_SIZE) -> list[Path]:
+def write_safetensors(
+    folder: Path,
+    tensors: Mapping[str, np.ndarray],
+    *,
+    shard_size: int = SHARD_SIZE,
+    written: Callable[[int], None] | None = None,
+    resume: bool = False,
+) -> list[Path]:
     """Write arrays as `model.safetensors`, or above `shard_size` bytes as numbered files with an index.
 
     The header of every file holds the SHA-256 of each tensor's bytes; safetensors itself has no checksum.
-    """
-    from safetensors.numpy import save_file
 
+    Args:
+      folder: where to.
+      tensors: arrays by name.
+      shard_size: bytes of a file at most.
+      written: called with the number of bytes after each tensor.
+      resume: keep the files that are there already.
+    """
     shards: list[dict[str, np.ndarray]] = [{}]
     size = 0
     for name, array in tensors.items():
-        array = np.ascontiguousarray(array).reshape(array.shape)  # some releases write other layouts wrongly
         if size + array.nbytes > shard_size and shards[-1]:
             shards.append({})
             size = 0
@@ -131,8 +143,10 @@ def write_safetensors(folder: Path, tensors: Mapping[str, np.ndarray], *, shard_
     paths, index = [], {}
     for number, shard in enumerate(shards, 1):
         path = folder / (_WEIGHTS if count == 1 else f"model-{number:05}-of-{count:05}.safetensors")
-        digests = {name: _digest(array) for name, array in shard.items()}
-        save_file(shard, str(path), metadata={"format": "jax", "sha256": json.dumps(digests)})
+        if not (resume and path.is_file()):
+            files.write_safetensors(path, shard, {"format": "jax"}, written=written)
+        elif written is not None:
+            written(sum(array.nbytes for array in shard.values()))
         paths.append(path)
         index.update(dict.fromkeys(shard, path.name))
     if count > 1:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxlayers.core import axes, reference
+from jaxlayers.core import axes, dialects, reference
 from jaxlayers.core.dtypes import at_least_float32, compute_dtype
 from jaxlayers.core.initializers import truncated_normal, zeros
 from jaxlayers.core.labels import no_decay as no_decay
@@ -536,6 +536,56 @@ def from_reference(tensors: Mapping[str, Any], model: ConvNeXt, *, source: str) 
     return reference.read_reference(tensors, wanted, table)
 
 
+def reference_inputs(model: ConvNeXt) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Return inputs of a small size, which show the shapes of a model's parameters."""
+    return (jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32),)
+
+
+def _downsampled(model: ConvNeXt, ours: tuple[int, ...]) -> tuple[int, ...]:
+    return (ours[1], ours[0] // 4, 2, 2)
+
+
+_MARKS: Mapping[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    "timm": ("timm", (r"^stem\.0\.weight$", r"^stages\.0\.blocks\.0\.conv_dw\."), ()),
+    "official": (
+        "github.com/facebookresearch/ConvNeXt and ConvNeXt-V2",
+        (r"^downsample_layers\.0\.0\.weight$", r"^stages\.0\.0\.dwconv\."),
+        (),
+    ),
+    "torchvision": ("torchvision", (r"^features\.1\.0\.layer_scale$",), ()),
+    "huggingface": ("Hugging Face transformers", (r"^convnext\.encoder\.",), ()),
+    "huggingface_v2": ("Hugging Face transformers", (r"^convnextv2\.encoder\.",), ()),
+}
+_ONES: Mapping[str, Mapping[str, Any]] = {
+    "torchvision": {"stages/blocks/scale": dialects.with_ones(after=2)},
+    "official": {"hidden_norm/scale": dialects.with_ones(before=3), "hidden_norm/bias": dialects.with_ones(before=3)},
+    "huggingface_v2": {
+        "hidden_norm/scale": dialects.with_ones(before=3),
+        "hidden_norm/bias": dialects.with_ones(before=3),
+    },
+}
+DIALECTS = tuple(
+    dialects.Dialect(
+        name=name,
+        origin=origin,
+        module=ConvNeXt,
+        read=dialects.from_params(from_reference, source=name),
+        marks=marks,
+        foreign=foreign,
+        layout=dialects.table_layout(
+            REFERENCE_NAMES[name],
+            shapes={
+                "patch_embed/projection/kernel": dialects.patches(),
+                "downsample/projection/kernel": _downsampled,
+                **_ONES.get(name, {}),
+            },
+        ),
+        head=f"{REFERENCE_NAMES[name]['head']}.weight",
+        stem=f"{REFERENCE_NAMES[name]['patch_embed/projection']}.weight",
+    )
+    for name, (origin, marks, foreign) in _MARKS.items()
+)
+
 _WIDTHS = {
     "atto": (40, 80, 160, 320),
     "femto": (48, 96, 192, 384),
@@ -592,3 +642,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
         }.items()
     },
 }
+
+
+def _from_huggingface(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    labels = config.get("id2label")
+    fields = {
+        "num_classes": len(labels) if labels is not None else int(config.get("num_labels", 2)),
+        "depths": tuple(config.get("depths") or (3, 3, 9, 3)),
+        "widths": tuple(config.get("hidden_sizes") or (96, 192, 384, 768)),
+        "drop_path_rate": config.get("drop_path_rate", 0.0),
+    }
+    return ("convnext_tiny" if config["model_type"] == "convnext" else "convnextv2_tiny"), fields
+
+
+HUGGINGFACE = {"convnext": _from_huggingface, "convnextv2": _from_huggingface}

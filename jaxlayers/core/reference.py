@@ -19,6 +19,11 @@ _NUMBERED = re.compile(r"(?<![^/])([a-z_]+?)s_(\d+)(?![^/])")
 _WEIGHTS = ("kernel", "scale", "embedding")
 
 
+def unnumbered(path: str) -> str:
+    """Return a path with the numbers of its parts left out: `stages_0/blocks_1/norm` as `stages/blocks/norm`."""
+    return _NUMBERED.sub(r"\1s", path)
+
+
 def reference_name(path: str, table: Mapping[str, str]) -> str:
     """Return the name that a reference gives to the parameter at `path`.
 
@@ -41,7 +46,7 @@ def reference_name(path: str, table: Mapping[str, str]) -> str:
     numbers = {part: int(number) for part, number in _NUMBERED.findall(path)}
     stage = numbers.get("stage", 0)
     numbers = {"before": stage - 1, "even": 2 * stage, "odd": 2 * stage + 1, **numbers}
-    plain = _NUMBERED.sub(r"\1s", path)
+    plain = unnumbered(path)
     module, _, leaf = plain.rpartition("/")
     if plain in table:
         return table[plain].format(**numbers)

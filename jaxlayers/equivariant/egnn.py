@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Bool, Float
 
-from jaxlayers.core import axes, reference
+from jaxlayers.core import axes, dialects, reference
 from jaxlayers.core.dtypes import at_least_float32
 from jaxlayers.core.initializers import zeros
 from jaxlayers.core.safe import safe_norm, safe_normalize
@@ -480,12 +480,66 @@ def from_reference(
     return reference.read_reference(tensors, wanted, REFERENCE_NAMES[source], ignored=ignored)
 
 
-def _variant(width: int, k: int, **fields: Any) -> dict[str, Any]:
+def reference_inputs(model: EGNN) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Return small inputs as in the paper's experiments, on particles or molecules, which show a model's shapes."""
+    return _particles(15, 0) if model.output == "graph" else _particles(1, 2)
+
+
+def _unused(model: EGNN) -> dict[str, str]:
+    ignored = {r"\.coords_range$": "the range of a tanh, which the reference never applies"}
+    if model.output != "both":
+        unused = "node_mlp" if model.output == "positions" else "coord_mlp"
+        ignored[rf"^gcl_{model.depth - 1}\.{unused}"] = "the reference's last layer has it, and no output sees it"
+    return ignored
+
+
+# Name: where such files come from, marks, foreign names, the weight of the head.
+_MARKS: Mapping[str, tuple[str, tuple[str, ...], tuple[str, ...], str]] = {
+    "nbody": (
+        "github.com/vgsatorras/egnn, n_body_system/model.py",
+        (r"^embedding\.weight$", r"^gcl_0\.coord_mlp\.0\."),
+        (r"^(node|graph)_dec\.",),
+        "",
+    ),
+    "clean": (
+        "github.com/vgsatorras/egnn, models/egnn_clean",
+        (r"^embedding_in\.weight$", r"^embedding_out\.weight$", r"^gcl_0\.edge_mlp\.0\."),
+        (),
+        "embedding_out.weight",
+    ),
+    "qm9": (
+        "github.com/vgsatorras/egnn, qm9/models.py",
+        (r"^embedding\.weight$", r"^graph_dec\.2\.weight$", r"^gcl_0\.edge_mlp\.0\."),
+        (),
+        "graph_dec.2.weight",
+    ),
+}
+DIALECTS = tuple(
+    dialects.Dialect(
+        name=name,
+        origin=origin,
+        module=EGNN,
+        read=dialects.from_shapes(reference.read_reference, table=REFERENCE_NAMES[name]),
+        marks=marks,
+        foreign=foreign,
+        ignored=_unused,
+        layout=dialects.table_layout(REFERENCE_NAMES[name]),
+        head=head,
+    )
+    for name, (origin, marks, foreign, head) in _MARKS.items()
+)
+
+
+def _particles(width: int, k: int) -> tuple[jax.ShapeDtypeStruct, ...]:
     points, shape = 5 if k else 29, functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     inputs = [shape((1, points, 3)), shape((1, points, width))]
     if k:
         inputs += [shape((1, points, 3)), shape((1, points, points - 1, k))]
-    return {"module": EGNN, "inputs": tuple(inputs), **fields}
+    return tuple(inputs)
+
+
+def _variant(width: int, k: int, **fields: Any) -> dict[str, Any]:
+    return {"module": EGNN, "inputs": _particles(width, k), **fields}
 
 
 VARIANTS: dict[str, dict[str, Any]] = {

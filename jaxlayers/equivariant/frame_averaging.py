@@ -5,7 +5,6 @@ Longer than most files, since the wrappers, the module, two backbones and the n-
 
 import functools
 import inspect
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ import numpy as np
 from flax.core import DenyList
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from jaxlayers.core import axes
+from jaxlayers.core import axes, dialects, reference
 from jaxlayers.core.dtypes import at_least_float32
 from jaxlayers.core.initializers import lecun_normal, zeros
 from jaxlayers.core.types import ActivationFn, Dtype, Initializer, ModuleFactory, Params
@@ -785,10 +784,10 @@ class FrameGNN(nn.Module):
 # Our parameters of `ParticleGNN` (below "backbone/" in `FrameGNN`) and those of the reference's `FA_GNN`.
 REFERENCE_NAMES: Mapping[str, str] = {
     "embedding": "embedding.0",
-    "layers_{index}/edge/up": "gcl_{index}.edge_mlp.0",
-    "layers_{index}/edge/down": "gcl_{index}.edge_mlp.2",
-    "layers_{index}/node/up": "gcl_{index}.node_mlp.0",
-    "layers_{index}/node/down": "gcl_{index}.node_mlp.2",
+    "layers/edge/up": "gcl_{layer}.edge_mlp.0",
+    "layers/edge/down": "gcl_{layer}.edge_mlp.2",
+    "layers/node/up": "gcl_{layer}.node_mlp.0",
+    "layers/node/down": "gcl_{layer}.node_mlp.2",
     "decoder/up": "decoder.0",
     "decoder/down": "decoder.2",
 }
@@ -808,12 +807,7 @@ def from_reference(tensors: Mapping[str, Any], params: Params) -> dict[str, Any]
       ValueError: if names or shapes are not those of `params`.
     """
     wanted = flax.traverse_util.flatten_dict(params, sep="/")
-    names = {}
-    for path in wanted:
-        module, _, leaf = path.removeprefix("backbone/").rpartition("/")
-        index = re.search(r"layers_(\d+)", module)
-        theirs = REFERENCE_NAMES.get(re.sub(r"layers_\d+", "layers_{index}", module), module)
-        names[path] = f"{theirs.format(index=index and index[1])}.{'weight' if leaf == 'kernel' else leaf}"
+    names = {path: reference.reference_name(path.removeprefix("backbone/"), REFERENCE_NAMES) for path in wanted}
     missing = sorted(set(names.values()) - set(tensors))
     unknown = sorted(set(tensors) - set(names.values()))
     if missing or unknown:
@@ -828,6 +822,17 @@ def from_reference(tensors: Mapping[str, Any], params: Params) -> dict[str, Any]
         found[path] = jnp.asarray(tensor)
     return flax.traverse_util.unflatten_dict(found, sep="/")
 
+
+DIALECTS = (
+    dialects.Dialect(
+        name="official",
+        origin="github.com/omri1348/Frame-Averaging, nbody",
+        module=FrameGNN,
+        read=dialects.from_shapes(from_reference),
+        marks=(r"^embedding\.0\.weight$", r"^gcl_0\.edge_mlp\.0\.weight$", r"^decoder\.2\.weight$"),
+        layout=dialects.table_layout({f"backbone/{ours}": theirs for ours, theirs in REFERENCE_NAMES.items()}),
+    ),
+)
 
 _CLOUD = jax.ShapeDtypeStruct((1, 1024, 3), jnp.float32)
 _PARTICLES = tuple(jax.ShapeDtypeStruct((1, 5, width), jnp.float32) for width in (3, 3, 1))

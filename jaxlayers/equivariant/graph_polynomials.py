@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxlayers.core import axes, reference
+from jaxlayers.core import axes, dialects, reference
 from jaxlayers.core.dtypes import at_least_float32
 from jaxlayers.core.initializers import lecun_normal, xavier_uniform, zeros
 from jaxlayers.core.types import ActivationFn, Dtype, Initializer, ModuleFactory
@@ -441,3 +441,23 @@ def from_reference(tensors: Mapping[str, Any], model: PPGN, *inputs: Any) -> dic
     """
     wanted = jax.eval_shape(functools.partial(model.init, jax.random.key(0)), *inputs)["params"]
     return reference.read_reference(tensors, wanted, REFERENCE_NAMES)
+
+
+DIALECTS = (
+    dialects.Dialect(
+        name="official",
+        origin="github.com/omri1348/Equivariant-Polynomaials, models/ppgn.py",
+        module=PPGN,
+        read=dialects.from_shapes(reference.read_reference, table=REFERENCE_NAMES),
+        marks=(r"^reg_blocks\.0\.mlp1\.convs\.0\.weight$", r"^fc_layers\.0\.fc\.weight$"),
+        layout=dialects.table_layout(
+            REFERENCE_NAMES,
+            shapes={
+                ours.removeprefix("blocks/") + "/kernel": dialects.pointwise()
+                for ours in REFERENCE_NAMES
+                if "blocks" in ours
+            },
+        ),
+        head="fc_layers.1.fc.weight",
+    ),
+)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxlayers.core import axes, reference, remat
+from jaxlayers.core import axes, dialects, reference, remat
 from jaxlayers.core.dtypes import at_least_float32
 from jaxlayers.core.initializers import truncated_normal, zeros
 from jaxlayers.core.types import Dtype, Initializer, Params
@@ -406,3 +406,32 @@ def from_reference(tensors: Mapping[str, Any], params: Params) -> dict[str, Any]
     return reference.read_reference(
         {name.removeprefix("."): tensor for name, tensor in named.items()}, params, REFERENCE_NAMES
     )
+
+
+def _read(tensors: Mapping[str, Any], model: GTA, inputs: Any) -> dict[str, Any]:
+    if model.blocks.so3:
+        raise ValueError(
+            f"blocks.so3={model.blocks.so3} must be 0 here, since the reference has these features in another basis; "
+            "turn the weights and use from_reference"
+        )
+    return {"params": from_reference(tensors, dialects.shapes_of(model, inputs)["params"])}
+
+
+# A layer whose context is another set has one projection of the queries, another of keys and values.
+_OTHERS = r"^(?!to_|trans_coeff$)"
+_FUSED: Mapping[str, tuple[tuple[str, ...], Mapping[str, str]]] = {
+    "official": ((r"^to_qkv\.weight$",), dict.fromkeys(("to_q", "to_k", "to_v"), "to_qkv")),
+    "official_cross": ((r"^to_q\.weight$", r"^to_kv\.weight$"), dict.fromkeys(("to_k", "to_v"), "to_kv")),
+}
+DIALECTS = tuple(
+    dialects.Dialect(
+        name=name,
+        origin="github.com/autonomousvision/gta, source/layers.py, one Attention",
+        module=GTA,
+        read=_read,
+        marks=(*marks, r"^to_out\.0\.weight$"),
+        foreign=(_OTHERS,),
+        layout=dialects.table_layout(REFERENCE_NAMES, shapes={"scale": dialects.with_ones(before=1)}, fused=fused),
+    )
+    for name, (marks, fused) in _FUSED.items()
+)

@@ -4,7 +4,8 @@ Longer than most files, since lifting for seven groups, the layer, its block and
 """
 
 import functools
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from jaxlayers.core import axes
+from jaxlayers.core import axes, dialects
 from jaxlayers.core.dtypes import at_least_float32, compute_dtype
 from jaxlayers.core.initializers import lecun_normal, zeros
 from jaxlayers.core.safe import safe_norm, safe_normalize
@@ -711,7 +712,7 @@ class LieResNet(nn.Module):
         return axes.constrain(x, axes.BATCH, *(None,) * (x.ndim - 1)) if x.ndim > 1 else x
 
 
-def from_reference(tensors: dict[str, Any]) -> dict[str, Any]:
+def from_reference(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Return parameters of `LieResNet` from the state dict of the reference's, both without normalisation.
 
     Biases of the convolutions, which the reference divides by the number of neighbours, must be zero there.
@@ -749,6 +750,35 @@ def from_reference(tensors: dict[str, Any]) -> dict[str, Any]:
             "expand": dense(f"net.{place}.net.8.module"),
         }
     return params
+
+
+def _layout(model: LieResNet, variables: Mapping[str, Any]) -> dialects.Layout:
+    # The reference counts the embedding, the blocks, a norm, a nonlinearity and the head.
+    table = {"embed": "net.0.module", "head": f"net.{len(model.features) + 2}.module"}
+    table |= {f"blocks/{ours}": f"{{block}}.{theirs}" for ours, theirs in _BLOCK.items()}
+    counted = dialects.table_layout(
+        table, rename=lambda name: re.sub(r"^\d+", lambda place: f"net.{int(place[0]) + 1}", name)
+    )
+    return counted(model, variables)
+
+
+_BLOCK = {
+    "reduce": "net.2.module",
+    "expand": "net.8.module",
+    "conv/out": "conv.linear",
+    **{f"conv/kernel_{layer}": f"conv.weightnet.{3 * layer}.module" for layer in range(3)},
+}
+DIALECTS = (
+    dialects.Dialect(
+        name="official",
+        origin="github.com/mfinzi/LieConv, without normalisation",
+        module=LieResNet,
+        read=lambda tensors, model, inputs: {"params": from_reference(tensors)},
+        marks=(r"^net\.0\.module\.weight$", r"^net\.1\.conv\.weightnet\.0\.module\.weight$"),
+        layout=_layout,
+        one_way="the reference divides biases of convolutions by the number of neighbours; they must be zero",
+    ),
+)
 
 
 def _cloud(n: int, d: int, channels: int) -> tuple[jax.ShapeDtypeStruct, ...]:

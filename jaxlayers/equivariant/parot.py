@@ -6,7 +6,7 @@ to one paper.
 
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from jaxlayers.core import axes
+from jaxlayers.core import axes, dialects
 from jaxlayers.core.dtypes import at_least_float32
 from jaxlayers.core.initializers import lecun_normal, zeros
 from jaxlayers.core.safe import safe_norm, safe_normalize
@@ -732,8 +732,27 @@ def from_reference(tensors: Mapping[str, Any], variables: Params) -> dict[str, A
       ValueError: if a tensor is missing or has another shape.
     """
     found: dict[str, Any] = {}
-    inter = "encoder" if any(name.startswith("classifier.encoder.") for name in tensors) else "inter_layer"
-    for path, wanted in flax.traverse_util.flatten_dict(variables, sep="/").items():
+    flat = flax.traverse_util.flatten_dict(dict(variables), sep="/")
+    names = _reference_names(flat)
+    for path, wanted in flat.items():
+        name = names[path]
+        if name not in tensors:
+            raise ValueError(f"the state dict has no {name}, wanted for {path}; set the module's fields to fit")
+        tensor = np.asarray(tensors[name])
+        tensor = tensor.reshape(tensor.shape[:2]).T if path.endswith("/kernel") else tensor
+        if tensor.shape != wanted.shape:
+            raise ValueError(f"{name} must give {path} its shape {wanted.shape}, not {tensor.shape}; set the fields")
+        if path.endswith(("/inter_pose/kernel", "/back_pose/kernel")):
+            tensor = tensor[_INTER_POSE]
+        found[path] = jnp.asarray(tensor)
+    return flax.traverse_util.unflatten_dict(found, sep="/")
+
+
+def _reference_names(paths: Collection[str]) -> dict[str, str]:
+    """Return the reference's name for each path of our variables, which must be those of a whole model."""
+    names = {}
+    inter = "encoder" if any("/spread_" in path for path in paths) else "inter_layer"
+    for path in paths:
         _, module, leaf = re.match(r"([^/]+)/(.*)/([^/]+)$", path).groups()  # type: ignore[union-attr]
         name = module
         for ours, theirs in REFERENCE_NAMES:
@@ -745,17 +764,20 @@ def from_reference(tensors: Mapping[str, Any], variables: Params) -> dict[str, A
         name = re.sub(r"(\w+)\.(\d)(_norm)?$", _placed, name) if "posembed" not in name else name
         name = re.sub(r"(equi_encoder\d)\.out$", r"\1.6", name)
         name = re.sub(r"^head$", "classifier.cls.8" if inter == "inter_layer" else "classifier.cls", name)
-        name = f"{name}.{_LEAVES[leaf]}"
-        if name not in tensors:
-            raise ValueError(f"the state dict has no {name}, wanted for {path}; set the module's fields to fit")
-        tensor = np.asarray(tensors[name])
-        tensor = tensor.reshape(tensor.shape[:2]).T if leaf == "kernel" else tensor
-        if tensor.shape != wanted.shape:
-            raise ValueError(f"{name} must give {path} its shape {wanted.shape}, not {tensor.shape}; set the fields")
-        if module in ("inter_pose", "back_pose") and leaf == "kernel":
-            tensor = tensor[_INTER_POSE]
-        found[path] = jnp.asarray(tensor)
-    return flax.traverse_util.unflatten_dict(found, sep="/")
+        names[path] = f"{name}.{_LEAVES[leaf]}"
+    return names
+
+
+def _layout(model: Any, variables: Mapping[str, Any]) -> dialects.Layout:
+    flat = flax.traverse_util.flatten_dict(dict(variables), sep="/")
+    found = {}
+    for path, name in _reference_names(flat).items():
+        found[name] = tuple(flat[path].shape)
+        if path.endswith("kernel"):
+            # Dense layers of neighbours or points are convolutions of size one there.
+            axes_of_one = next((count for part, count in _CONVOLUTIONS.items() if re.search(part, name)), 0)
+            found[name] = (*found[name][::-1], *(1,) * axes_of_one)
+    return found
 
 
 def _counted(row: str, match: re.Match[str]) -> str:
@@ -766,6 +788,28 @@ def _placed(match: re.Match[str]) -> str:
     step = 4 if match[1] == "cls" else 3
     return f"{match[1]}.{step * int(match[2]) + (1 if match[3] else 0)}"
 
+
+_CONVOLUTIONS = {
+    r"\.(intra_layer|pt_fp2)\.": 2,
+    r"\.(pn_encoder|posembed|inter_layer|encoder|backbone|convex|conv1)\.|^classifier\.cls\.weight$": 1,
+}
+# Norms must be those of a batch and poses learned, see `from_reference`.
+DIALECTS = tuple(
+    dialects.Dialect(
+        name="official",
+        origin="github.com/dingxin-zhang/PaRot",
+        module=module,
+        read=dialects.from_shapes(from_reference, collections=True),
+        marks=(r"^local_enc\.disNet\.pn_encoder\.0\.weight$", mark),
+        ignored={r"num_batches_tracked$": "a count of the batches that were seen in training"},
+        layout=_layout,
+        head=head,
+    )
+    for module, mark, head in (
+        (PaRotClassifier, r"^classifier\.inter_layer\.0\.weight$", "classifier.cls.8.weight"),
+        (PaRotSegmenter, r"^classifier\.encoder\.0\.weight$", "classifier.cls.weight"),
+    )
+)
 
 _CLOUD = jax.ShapeDtypeStruct((1, 1024, 3), jnp.float32)
 

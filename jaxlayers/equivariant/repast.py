@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from jaxlayers.core import axes, reference, remat
+from jaxlayers.core import axes, dialects, reference, remat
 from jaxlayers.core.dtypes import at_least_float32, compute_dtype
 from jaxlayers.core.initializers import lecun_normal, truncated_normal, zeros
 from jaxlayers.core.types import Dtype, Initializer, Params
@@ -322,3 +322,29 @@ def from_reference(tensors: Mapping[str, Any], params: Params) -> dict[str, Any]
             pieces = np.split(np.asarray(tensor), np.cumsum(sizes)[:-1].tolist(), axis=-1)
             tensors.update((f"{part}.{leaf}", piece) for part, piece in zip(parts, pieces, strict=leaf == "weight"))
     return reference.read_reference(tensors, params, table)
+
+
+def _layout(model: RePAST, variables: Mapping[str, Any]) -> dialects.Layout:
+    found: dict[str, tuple[int, ...]] = {}
+    for name, leaves in variables["params"].items():
+        part = name.partition("_")[0]
+        theirs = "to_out.0" if part == "out" else f"to_{part[0]}"
+        rows, columns = leaves["kernel"].shape[::-1]
+        # Kernels on features, origins and directions stand side by side.
+        found[f"{theirs}.weight"] = (rows, columns + found.get(f"{theirs}.weight", (0, 0))[1])
+        if "bias" in leaves:
+            found[f"{theirs}.bias"] = tuple(leaves["bias"].shape)
+    return found
+
+
+DIALECTS = (
+    dialects.Dialect(
+        name="reimplementation",
+        origin="github.com/autonomousvision/gta, source/layers.py, one Attention with method repast",
+        module=RePAST,
+        read=dialects.from_shapes(from_reference),
+        marks=(r"^to_q\.weight$", r"^to_k\.weight$", r"^to_v\.weight$", r"^to_out\.0\.weight$"),
+        foreign=(r"^(?!to_(q|k|v|out\.0)\.)",),
+        layout=_layout,
+    ),
+)

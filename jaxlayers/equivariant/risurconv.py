@@ -6,7 +6,7 @@ Longer than most files, since the layer, two networks and the reference's names 
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from jaxlayers.core import axes
+from jaxlayers.core import axes, dialects
 from jaxlayers.core.dtypes import at_least_float32
 from jaxlayers.core.initializers import lecun_normal, zeros
 from jaxlayers.core.types import ActivationFn, Dtype, Initializer, ModuleFactory, Params
@@ -697,22 +697,11 @@ def from_reference(tensors: Mapping[str, Any], variables: Params) -> dict[str, A
     Raises:
       ValueError: if a tensor is missing or has another shape.
     """
-    down = "sa" if any(name.startswith("sa0.") for name in tensors) else "sc"
-    counts = {
-        key: len({re.match(rf"{key}\d+", name)[0] for name in tensors if re.match(rf"{key}\d", name)})  # type: ignore[index]
-        for key in (down, "fp")
-    }
     found: dict[str, Any] = {}
-    for path, wanted in flax.traverse_util.flatten_dict(variables, sep="/").items():
-        _, module, leaf = re.match(r"([^/]+)/(.*)/([^/]+)$", path).groups()  # type: ignore[union-attr]
-        name = module
-        for ours, theirs in REFERENCE_NAMES:
-            name = re.sub(ours, theirs, name)
-        name = re.sub(r"^level_", down, name)
-        name = re.sub(r"^whole", f"{down}{counts[down] - 1}", name)
-        name = re.sub(r"^rise_(\d+)", lambda match: f"fp{counts['fp'] - 1 - int(match[1])}", name)
-        name = re.sub(r"^head$", "fc3" if down == "sc" else "conv2", name)
-        name = f"{name}{'_' if name.endswith('in_proj') else '.'}{_LEAVES[leaf]}"
+    flat = flax.traverse_util.flatten_dict(dict(variables), sep="/")
+    names = _reference_names(flat)
+    for path, wanted in flat.items():
+        name, leaf = names[path], path.rpartition("/")[2]
         if name not in tensors:
             raise ValueError(f"the state dict has no {name}, wanted for {path}; set the module's fields to fit")
         tensor = np.asarray(tensors[name])
@@ -724,6 +713,57 @@ def from_reference(tensors: Mapping[str, Any], variables: Params) -> dict[str, A
         found[path] = jnp.asarray(tensor)
     return flax.traverse_util.unflatten_dict(found, sep="/")
 
+
+def _reference_names(paths: Collection[str]) -> dict[str, str]:
+    """Return the reference's name for each path of our variables, which must be those of a whole model."""
+    names = {}
+    levels, rises = (len({path.split("/")[1] for path in paths if f"/{part}_" in path}) for part in ("level", "rise"))
+    down = "sa" if rises else "sc"
+    for path in paths:
+        _, module, leaf = re.match(r"([^/]+)/(.*)/([^/]+)$", path).groups()  # type: ignore[union-attr]
+        name = module
+        for ours, theirs in REFERENCE_NAMES:
+            name = re.sub(ours, theirs, name)
+        name = re.sub(r"^level_", down, name)
+        name = re.sub(r"^whole", f"{down}{levels}", name)
+        name = re.sub(r"^rise_(\d+)", lambda match: f"fp{rises - 1 - int(match[1])}", name)
+        name = re.sub(r"^head$", "conv2" if rises else "fc3", name)
+        names[path] = f"{name}{'_' if name.endswith('in_proj') else '.'}{_LEAVES[leaf]}"
+    return names
+
+
+def _layout(model: Any, variables: Mapping[str, Any]) -> dialects.Layout:
+    flat = flax.traverse_util.flatten_dict(dict(variables), sep="/")
+    found = {}
+    for path, name in _reference_names(flat).items():
+        shape = tuple(flat[path].shape)
+        if path.endswith("kernel"):
+            # Dense layers of neighbours or points are convolutions of size one there.
+            axes_of_one = next((count for part, count in _CONVOLUTIONS.items() if re.search(part, name)), 0)
+            shape = (*shape[::-1], *(1,) * axes_of_one)
+        found[name] = (3 * shape[0], *shape[1:]) if ".in_proj_" in name else shape
+    return found
+
+
+_CONVOLUTIONS = {r"\.(embedding|risurconv|self_attention_0)\.": 2, r"\.(self_attention_1|mlp_convs)\.|^conv\d\.": 1}
+# Norms must be those of a batch, see `from_reference`. The queries and keys of the encoder, which a lone token does not
+# need, are written as zeros.
+DIALECTS = tuple(
+    dialects.Dialect(
+        name="official",
+        origin="github.com/cszyzhang/RISurConv",
+        module=module,
+        read=dialects.from_shapes(from_reference, collections=True),
+        marks=marks,
+        ignored={r"num_batches_tracked$": "a count of the batches that were seen in training"},
+        layout=_layout,
+        head=head,
+    )
+    for module, marks, head in (
+        (RISurConvClassifier, (r"^sc0\.risurconv\.0\.weight$", r"^fc3\.weight$"), "fc3.weight"),
+        (RISurConvSegmenter, (r"^sa0\.risurconv\.0\.weight$", r"^fp0\.risurconv\.0\."), "conv2.weight"),
+    )
+)
 
 _CLOUD = jax.ShapeDtypeStruct((1, 1024, 3), jnp.float32)
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxlayers.core import axes
+from jaxlayers.core import axes, dialects
 from jaxlayers.core.dtypes import at_least_float32
 from jaxlayers.core.initializers import lecun_normal, zeros
 from jaxlayers.core.reference import read_variables
@@ -23,7 +23,7 @@ from jaxlayers.equivariant.vector_neurons import (
     check_positions,
     vector_mean_pool,
 )
-from jaxlayers.equivariant.vn_dgcnn import VNDGCNNEncoder, block_names
+from jaxlayers.equivariant.vn_dgcnn import COUNTED, VNDGCNNEncoder, block_names
 
 # Coordinates of poses and points are never multiplied in the reduced precision of accelerators.
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -461,6 +461,23 @@ def from_reference(tensors: Mapping[str, Any], variables: Mapping[str, Any]) -> 
     """
     return read_variables(tensors, variables, REFERENCE_NAMES)
 
+
+def reference_inputs(model: SE3Assembly) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Return inputs of a small size, which show the shapes of a model's parameters."""
+    return (jax.ShapeDtypeStruct((1, 2, 32, 3), jnp.float32),)
+
+
+DIALECTS = (
+    dialects.Dialect(
+        name="official",
+        origin="github.com/crtie/Leveraging-SE-3-Equivariance-for-Learning-3D-Geometric-Shape-Assembly",
+        module=SE3Assembly,
+        read=dialects.from_shapes(from_reference, collections=True),
+        marks=(r"^encoder\.VnInv\.vn_lin\.weight$", r"^pose_predictor\.rot_head\.map_to_feat\.weight$"),
+        ignored=COUNTED,
+        layout=dialects.table_layout(REFERENCE_NAMES),
+    ),
+)
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "se3_assembly": {

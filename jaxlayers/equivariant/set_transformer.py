@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxlayers.core import axes, reference, remat
+from jaxlayers.core import axes, dialects, reference, remat
 from jaxlayers.core.initializers import lecun_normal, xavier_uniform, zeros
 from jaxlayers.core.types import ActivationFn, Dtype, Initializer, ModuleFactory
 from jaxlayers.nn.multi_head import attention_weights, merge_heads, split_heads
@@ -454,10 +454,32 @@ def from_reference(tensors: Mapping[str, Any], model: SetTransformer, x: Any) ->
     Raises:
       ValueError: if names or shapes of the tensors are not those of the model.
     """
-    wanted = jax.eval_shape(functools.partial(model.init, jax.random.key(0)), x)["params"]
+    return _read(tensors, model, (x,))["params"]
+
+
+def _read(tensors: Mapping[str, Any], model: SetTransformer, inputs: Any) -> dict[str, Any]:
+    wanted = dialects.shapes_of(model, inputs)["params"]
     # Inducing points and seeds have an axis for the batch there.
     plain = {name: tensor[0] if name.endswith((".I", ".S")) else tensor for name, tensor in tensors.items()}
-    return reference.read_reference(plain, wanted, _names(model.depth, model.decoder_depth))
+    return {"params": reference.read_reference(plain, wanted, _names(model.depth, model.decoder_depth))}
+
+
+def _layout(model: SetTransformer, variables: Mapping[str, Any]) -> dialects.Layout:
+    batched = dict.fromkeys(("inducing", "seeds"), dialects.with_ones(before=1))
+    return dialects.table_layout(_names(model.depth, model.decoder_depth), shapes=batched)(model, variables)
+
+
+# Norms must be as there, see `from_reference`.
+DIALECTS = (
+    dialects.Dialect(
+        name="official",
+        origin="github.com/juho-lee/set_transformer",
+        module=SetTransformer,
+        read=_read,
+        marks=(r"^dec\.0\.S$", r"^enc\.0\.mab0?\.fc_q\.weight$"),
+        layout=_layout,
+    ),
+)
 
 
 def _block(module: Any, name: str) -> MAB:

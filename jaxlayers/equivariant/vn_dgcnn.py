@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxlayers.core import axes
+from jaxlayers.core import axes, dialects
 from jaxlayers.core.initializers import lecun_normal, zeros
 from jaxlayers.core.reference import read_variables
 from jaxlayers.core.types import Dtype, Initializer
@@ -567,9 +567,42 @@ def from_reference(tensors: Mapping[str, Any], variables: Mapping[str, Any]) -> 
     if "conv11.weight" not in tensors:
         return read_variables(tensors, variables, CLASSIFIER_NAMES)
     # The norms of its perceptron are registered there a second time, under names of their own.
-    own = {name: tensor for name, tensor in tensors.items() if not name.startswith("bn")}
-    return read_variables(own, variables, SEGMENTATION_NAMES)
+    twice = [name for name in tensors if name.startswith("bn")]
+    return read_variables(tensors, variables, SEGMENTATION_NAMES, ignored=twice)
 
+
+def reference_inputs(model: VNDGCNN | VNDGCNNSegmentation) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Return small inputs, which show the shapes of a model's parameters."""
+    cloud = jax.ShapeDtypeStruct((1, 32, 3), jnp.float32)
+    return (cloud,) if isinstance(model, VNDGCNN) else (cloud, _CATEGORY)
+
+
+COUNTED: Mapping[str, str] = {r"num_batches_tracked$": "a count of the batches that were seen in training"}
+_REPOSITORY = "github.com/FlyingGiraffe/vnn"
+_SHARED = (r"^conv1\.map_to_feat\.weight$", r"^std_feature\.vn_lin\.weight$")
+_POINTWISE = ("category1/kernel", "perceptron1/kernel", "perceptron2/kernel", "perceptron3/kernel", "head/kernel")
+DIALECTS = (
+    dialects.Dialect(
+        name="official",
+        origin=_REPOSITORY,
+        module=VNDGCNN,
+        read=dialects.from_shapes(from_reference, collections=True),
+        marks=(*_SHARED, r"^linear3\.weight$"),
+        ignored=COUNTED,
+        layout=dialects.table_layout(CLASSIFIER_NAMES),
+        head="linear3.weight",
+    ),
+    dialects.Dialect(
+        name="official",
+        origin=_REPOSITORY,
+        module=VNDGCNNSegmentation,
+        read=dialects.from_shapes(from_reference, collections=True),
+        marks=(*_SHARED, r"^conv11\.weight$"),
+        ignored={**COUNTED, r"^bn\d+\.": "a norm of the perceptron, stored a second time as conv*.1"},
+        layout=dialects.table_layout(SEGMENTATION_NAMES, shapes=dict.fromkeys(_POINTWISE, dialects.pointwise(1))),
+        head="conv11.weight",
+    ),
+)
 
 _CLOUD = jax.ShapeDtypeStruct((1, 1024, 3), jnp.float32)
 _CATEGORY = jax.ShapeDtypeStruct((1, 16), jnp.float32)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxlayers.core import axes
+from jaxlayers.core import axes, dialects
 from jaxlayers.core.initializers import lecun_normal, zeros
 from jaxlayers.core.reference import read_variables
 from jaxlayers.core.types import Dtype, Initializer
@@ -23,6 +23,7 @@ from jaxlayers.equivariant.vector_neurons import (
     edge_vectors,
 )
 from jaxlayers.equivariant.vn_dgcnn import (
+    COUNTED,
     block_names,
     constrain_vectors,
     invariant_names,
@@ -422,6 +423,37 @@ def from_reference(tensors: Mapping[str, Any], variables: Mapping[str, Any]) -> 
     table = SEGMENTATION_NAMES if "convs4.weight" in tensors else CLASSIFIER_NAMES
     return read_variables(tensors, variables, table)
 
+
+def reference_inputs(model: VNPointNet | VNPointNetSegmentation) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Return small inputs, which show the shapes of a model's parameters."""
+    cloud = jax.ShapeDtypeStruct((1, 48, 3), jnp.float32)
+    return (cloud,) if isinstance(model, VNPointNet) else (cloud, _CATEGORY)
+
+
+_REPOSITORY = "github.com/FlyingGiraffe/vnn"
+_POINTWISE = ("perceptron1/kernel", "perceptron2/kernel", "perceptron3/kernel", "head/kernel")
+DIALECTS = (
+    dialects.Dialect(
+        name="official",
+        origin=_REPOSITORY,
+        module=VNPointNet,
+        read=dialects.from_shapes(from_reference, collections=True),
+        marks=(r"^feat\.conv_pos\.map_to_feat\.weight$", r"^fc3\.weight$"),
+        ignored=COUNTED,
+        layout=dialects.table_layout(CLASSIFIER_NAMES),
+        head="fc3.weight",
+    ),
+    dialects.Dialect(
+        name="official",
+        origin=_REPOSITORY,
+        module=VNPointNetSegmentation,
+        read=dialects.from_shapes(from_reference, collections=True),
+        marks=(r"^conv_pos\.map_to_feat\.weight$", r"^convs4\.weight$"),
+        ignored=COUNTED,
+        layout=dialects.table_layout(SEGMENTATION_NAMES, shapes=dict.fromkeys(_POINTWISE, dialects.pointwise(1))),
+        head="convs4.weight",
+    ),
+)
 
 _CLOUD = jax.ShapeDtypeStruct((1, 1024, 3), jnp.float32)
 _CATEGORY = jax.ShapeDtypeStruct((1, 16), jnp.float32)

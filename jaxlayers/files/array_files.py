@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlayers.files.tensors import Bytes, Stored, Tensors, checked_shape, dtype_of
+from jaxlayers.files.tensors import ZIP_ERRORS, Bytes, Stored, Tensors, checked_shape, dtype_of
 
 # What a compressed array may grow by; random numbers do not shrink, zeros do by a thousand.
 _MOST_GROWTH = 1032
@@ -29,9 +29,9 @@ def read_npz(path: Path) -> Tensors:
                 if name in stored or not entry.filename.endswith(".npy"):
                     raise ValueError(f"{path} holds {entry.filename!r} twice or is no .npz file; it is forged")
                 stored[name] = _npy(path, file, archive, entry)
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, UnicodeDecodeError, RuntimeError) as error:
+    except ZIP_ERRORS as error:
         raise ValueError(f"{path} is a damaged .npz file ({error}); fetch it again") from error
-    return Tensors(stored, "npz")
+    return Tensors(stored, "npz", release=file.release)
 
 
 def _npy(path: Path, file: Bytes, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Stored:
@@ -66,9 +66,13 @@ def _npy(path: Path, file: Bytes, archive: zipfile.ZipFile, entry: zipfile.ZipIn
         raise ValueError(f"{where} grows from {entry.compress_size} to {entry.file_size} bytes; it is forged")
 
     def unpack() -> np.ndarray:
-        with zipfile.ZipFile(path) as archive, archive.open(entry) as opened:
-            opened.read(begin)
-            return _ordered(np.frombuffer(opened.read(count * dtype.itemsize), dtype, count), shape, fortran)
+        try:
+            with zipfile.ZipFile(path) as archive, archive.open(entry) as opened:
+                opened.read(begin)
+                values = opened.read(count * dtype.itemsize)
+        except ZIP_ERRORS as error:
+            raise ValueError(f"{where} cannot be unpacked ({error}); fetch it again") from error
+        return _ordered(np.frombuffer(values, dtype, count), shape, fortran)
 
     return Stored(shape, dtype, unpack)
 
@@ -91,7 +95,7 @@ def read_msgpack(path: Path) -> Tensors:
     if end != file.size:
         raise ValueError(f"{path} has {file.size - end} bytes after its end; it is no msgpack file of Flax")
     stored = {name: value for name, value in _leaves(root, "", path) if isinstance(value, Stored)}
-    return Tensors(stored, "msgpack")
+    return Tensors(stored, "msgpack", release=file.release)
 
 
 def _leaves(value: Any, name: str, path: Path) -> Iterator[tuple[str, Any]]:

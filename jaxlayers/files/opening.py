@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jaxlayers.files.array_files import read_msgpack, read_npz
 from jaxlayers.files.safetensors_file import read_safetensors
-from jaxlayers.files.tensors import Stored, Tensors
+from jaxlayers.files.tensors import ZIP_ERRORS, Stored, Tensors
 from jaxlayers.files.torch_file import read_torch
 
 # Files that list the parts of a checkpoint, and single files, in the order in which a folder is searched.
@@ -57,8 +57,11 @@ def open_tensors(path: str | Path, *, placeholders: bool = False) -> Tensors:
     with path.open("rb") as file:
         head = file.read(16)
     if head[:4] == b"PK\x03\x04" and zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            is_npz = all(name.endswith(".npy") for name in archive.namelist())
+        try:
+            with zipfile.ZipFile(path) as archive:
+                is_npz = all(name.endswith(".npy") for name in archive.namelist())
+        except ZIP_ERRORS as error:
+            raise ValueError(f"{path} is a damaged zip file ({error}); fetch it again") from error
         return read_npz(path) if is_npz else read_torch(path, placeholders=placeholders)
     if head[8:9] == b"{" or path.suffix == ".safetensors":
         return read_safetensors(path)
@@ -104,7 +107,12 @@ def _open_index(path: Path, placeholders: bool) -> Tensors:
     if hidden:
         raise ValueError(f"{path} does not list {hidden[:5]}, which its files hold; fetch them again")
     kinds = {file.kind for file in files.values()}
-    return Tensors(stored, kinds.pop() if len(kinds) == 1 else "several", metadata)
+
+    def release() -> None:
+        for file in files.values():
+            file.release()
+
+    return Tensors(stored, kinds.pop() if len(kinds) == 1 else "several", metadata, release)
 
 
 def contained(folder: Path, name: str) -> Path:

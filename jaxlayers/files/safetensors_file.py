@@ -1,11 +1,15 @@
 """Safetensors files: a header that is checked as the format demands, and values that are views of the mapped file.
 
-Read without the safetensors package, which the library does not need otherwise, copies values and knows no digests.
+Done without the safetensors package, which copies values when it reads, holds every tensor twice when it writes, has
+written some layouts wrongly, and knows no digests.
 """
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterable
+import os
+import secrets
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +65,7 @@ def read_safetensors(path: Path) -> Tensors:
         ends.append((first, last, name))
         stored[name] = Stored(shape, dtype, _reader(file, begin + first, count, dtype, shape, digests.get(name), where))
     _check_cover(ends, file.size - begin, path)
-    return Tensors(stored, "safetensors", metadata)
+    return Tensors(stored, "safetensors", metadata, file.release)
 
 
 def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
@@ -113,3 +117,69 @@ def _reader(
         return array.reshape(shape)
 
     return load
+
+
+def write_safetensors(
+    path: Path,
+    tensors: Mapping[str, Any],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    written: Callable[[int], None] | None = None,
+) -> None:
+    """Write tensors one by one, with the SHA-256 of each in the metadata, and read them back.
+
+    The file appears under its name when it is whole; until then nothing of that name is touched. At most one tensor is
+    held beside those given.
+
+    Args:
+      path: where to.
+      tensors: anything NumPy can look at, by name; asked for once each to write, and not kept.
+      metadata: texts by name that go in besides.
+      written: called with the number of bytes after each tensor.
+
+    Raises:
+      ValueError: if a dtype is none of the format, or what was written does not read back.
+    """
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {}
+    place = 0
+    stored = getattr(tensors, "stored", None) or tensors
+    for name in tensors:
+        leaf = stored[name]
+        dtype, shape = np.dtype(leaf.dtype), tuple(leaf.shape)
+        if dtype not in names:
+            raise ValueError(f"tensor {name!r} of {dtype} must have a dtype of {sorted(DTYPES)}; cast it")
+        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [place, place + size]}
+        place += size
+    digests = dict.fromkeys(tensors, "0" * 64)
+
+    def head() -> bytes:
+        about = {**(metadata or {}), "sha256": json.dumps(digests)}
+        text = json.dumps({"__metadata__": about, **header}).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with partial.open("xb") as file:
+            file.write(head())
+            for name in tensors:
+                array = np.ascontiguousarray(tensors[name])
+                data = array.reshape(-1).view(np.uint8) if array.size else np.zeros(0, np.uint8)
+                digests[name] = hashlib.sha256(data).hexdigest()
+                file.write(data)
+                if written is not None:
+                    written(array.nbytes)
+            file.seek(0)
+            file.write(head())
+            file.flush()
+            os.fsync(file.fileno())
+        back = read_safetensors(partial)
+        for name in back:
+            back[name]  # compared with its digest
+        back.release()
+        partial.replace(path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            partial.unlink()

@@ -3,6 +3,9 @@
 import dataclasses
 import math
 import mmap
+import struct
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -30,6 +33,18 @@ DTYPES: Mapping[str, np.dtype] = MappingProxyType(
         "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
         "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
     }
+)
+
+# What Python's reader of zip files raises when one is damaged.
+ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    NotImplementedError,
+    EOFError,
+    OSError,
+    RuntimeError,
+    UnicodeDecodeError,
 )
 
 
@@ -60,12 +75,20 @@ class Tensors(Mapping):  # of str to np.ndarray; said so, a type checker would r
       stored: shape, dtype and reader of each tensor.
       kind: what was read: "safetensors", "torch", "torch (before 1.6)", "npz" or "msgpack".
       metadata: what else the file says of itself.
+      release: gives back the memory that reading took; what was read stays readable.
     """
 
-    def __init__(self, stored: Mapping[str, Stored], kind: str, metadata: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        stored: Mapping[str, Stored],
+        kind: str,
+        metadata: Mapping[str, str] | None = None,
+        release: Callable[[], None] = lambda: None,
+    ) -> None:
         self.stored = dict(stored)
         self.kind = kind
         self.metadata = dict(metadata or {})
+        self.release = release
 
     def __getitem__(self, name: str) -> np.ndarray:
         stored = self.stored[name]
@@ -105,7 +128,7 @@ class Tensors(Mapping):  # of str to np.ndarray; said so, a type checker would r
             if new in renamed:
                 raise ValueError(f"two tensors, one of them {name!r}, would be called {new!r}; rename them apart")
             renamed[new] = stored
-        return Tensors(renamed, self.kind, self.metadata)
+        return Tensors(renamed, self.kind, self.metadata, self.release)
 
 
 class Bytes:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from jaxlayers.files.tensors import DTYPES, Bytes, Stored, Tensors, checked_shape
+from jaxlayers.files.tensors import DTYPES, ZIP_ERRORS, Bytes, Stored, Tensors, checked_shape
 
 # The program alone, without the values of tensors.
 LARGEST_PICKLE = 64 << 20
@@ -116,7 +116,7 @@ def read_torch(path: Path, *, placeholders: bool = False) -> Tensors:
             stored[name] = Stored(value.shape, value.dtype, _reader(value, storages, name, path))
         elif "." not in name and isinstance(value, str | int | float | bool):
             metadata[name] = str(value)
-    return Tensors(stored, kind, metadata)
+    return Tensors(stored, kind, metadata, file.release)
 
 
 # Where the values are -------------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def _read_zip(path: Path, file: Bytes, placeholders: bool) -> tuple[Any, _Find, 
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, UnicodeDecodeError) as error:
+    except (*ZIP_ERRORS, ValueError) as error:
         raise ValueError(f"{path} is a damaged zip file ({error}); fetch it again") from error
     found: dict[str, zipfile.ZipInfo] = {}
     for entry in entries:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxlayers.core import axes
+from jaxlayers.core import axes, dialects
 from jaxlayers.core.initializers import lecun_normal, zeros
 from jaxlayers.core.types import ActivationFn, Dtype, Initializer, Params
 from jaxlayers.ops.segments import clean_graph, propagate, symmetric_weights
@@ -159,3 +159,15 @@ def from_reference(tensors: Mapping[str, Any]) -> Params:
         }
         for ours, theirs in NAMES.items()
     }
+
+
+DIALECTS = (
+    dialects.Dialect(
+        name="official",
+        origin="github.com/divelab/DeeperGNN, DeeperGNN/dagnn.py",
+        module=DAGNN,
+        read=lambda tensors, model, inputs: {"params": from_reference(tensors)},
+        marks=(r"^lin1\.weight$", r"^prop\.proj\.weight$"),
+        layout=dialects.table_layout(NAMES),
+    ),
+)

@@ -10,7 +10,7 @@ import numpy as np
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxlayers.core import axes
+from jaxlayers.core import axes, dialects
 from jaxlayers.core.dtypes import at_least_float32
 from jaxlayers.core.initializers import lecun_normal, zeros
 from jaxlayers.core.types import ActivationFn, Dtype, Initializer, Params
@@ -506,6 +506,39 @@ def from_reference(tensors: Mapping[str, Any], model: SheafDiffusion) -> Params:
     if left:
         raise ValueError(f"tensors must be known; unknown {sorted(left)}; set the model's fields as the reference has")
     return params
+
+
+# Ours to theirs, see `jaxlayers.core.reference`.
+REFERENCE_NAMES: Mapping[str, str] = {
+    "encode": "lin1",
+    "head": "lin2",
+    "sheaf": "sheaf_learners.0.linear1",
+    "layers/sheaf": "sheaf_learners.{layer}.linear1",
+    "layers/left": "lin_left_weights.{layer}",
+    "layers/right": "lin_right_weights.{layer}",
+    "layers/epsilon": "epsilons.{layer}",
+}
+
+
+def _learner(model: SheafDiffusion, ours: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of their learner, whose triangles for Cayley maps have a diagonal, which has no effect."""
+    size = model.stalk_size
+    return (size * (size + 1) // 2 if model.maps == "cayley" else ours[1], ours[0])
+
+
+DIALECTS = (
+    dialects.Dialect(
+        name="official",
+        origin="github.com/twitter-research/neural-sheaf-diffusion, models/disc_models.py",
+        module=SheafDiffusion,
+        read=lambda tensors, model, inputs: {"params": from_reference(tensors, model)},
+        marks=(r"^sheaf_learners\.0\.linear1\.weight$", r"^epsilons\.0$", r"^lin1\.weight$"),
+        layout=dialects.table_layout(
+            REFERENCE_NAMES, shapes={"sheaf/kernel": _learner, "layers/epsilon": dialects.with_ones(after=1)}
+        ),
+        head="lin2.weight",
+    ),
+)
 
 
 def _identity(key: jax.Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> jax.Array:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Integer
 
-from jaxlayers.core import axes
+from jaxlayers.core import axes, dialects
 from jaxlayers.core.reference import read_reference
 from jaxlayers.core.types import Dtype, Initializer, Params
 from jaxlayers.hopfield.hopfield import Hopfield, HopfieldPooling
@@ -523,6 +523,44 @@ def from_reference(tensors: Mapping[str, Any], params: Params) -> dict[str, Any]
             # beta xi = w; the bias adds the same to every sequence.
             found["attention"] = np.asarray(tensor) * math.sqrt(np.shape(tensor)[-1])
     return read_reference(found, params, REFERENCE_NAMES)
+
+
+def reference_inputs(model: DeepRC) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Return inputs of a small size, which show the shapes of a model's parameters."""
+    length = model.embedding.depth * model.embedding.kernel_size
+    return (jax.ShapeDtypeStruct((1, 2, length), jnp.int8),)
+
+
+def _layout(model: DeepRC, variables: Mapping[str, Any]) -> dialects.Layout:
+    table = {
+        **REFERENCE_NAMES,
+        "pooling/state_patterns": f"attention_nn.attention_nn.{len(model.key_features)}.weight",
+        "head": f"output_nn.output_nn.{len(model.hidden_features)}",
+    }
+    # They count the activations between layers, too.
+    counted = dialects.table_layout(
+        table, rename=lambda name: re.sub(r"\.(\d+)\.", lambda place: f".{2 * int(place[1])}.", name)
+    )
+    return counted(model, variables)
+
+
+def _ignored(model: DeepRC) -> dict[str, str]:
+    last = 2 * len(model.key_features)
+    return {rf"^attention_nn\.attention_nn\.{last}\.bias$": "it adds the same to the attention of every sequence"}
+
+
+DIALECTS = (
+    dialects.Dialect(
+        name="official",
+        origin="github.com/ml-jku/DeepRC",
+        module=DeepRC,
+        read=dialects.from_shapes(from_reference),
+        marks=(r"^sequence_embedding\.network\.0\.weight$", r"^attention_nn\.attention_nn\.0\.weight$"),
+        ignored=_ignored,
+        layout=_layout,
+        one_way="the vector of the attention is scaled by the root of its length",
+    ),
+)
 
 
 VARIANTS: dict[str, dict[str, Any]] = {

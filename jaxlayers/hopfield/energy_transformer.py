@@ -12,7 +12,7 @@ import numpy as np
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Bool, Float
 
-from jaxlayers.core import axes
+from jaxlayers.core import axes, dialects
 from jaxlayers.core.dtypes import at_least_float32
 from jaxlayers.core.types import Dtype, Initializer, Params
 
@@ -499,6 +499,29 @@ def from_reference(tensors: Mapping[str, Any], params: Params) -> dict[str, Any]
         found[path] = jnp.asarray(tensor)
     return flax.traverse_util.unflatten_dict(found, sep="/")
 
+
+def _layout(model: EnergyTransformerBlock, variables: Mapping[str, Any]) -> dialects.Layout:
+    def heads(_: Any, ours: tuple[int, ...]) -> tuple[int, ...]:
+        return (model.num_heads, model.head_dim, ours[0])
+
+    shapes = {"query/kernel": heads, "key/kernel": heads, "up/kernel": lambda _, ours: ours}
+    return dialects.table_layout(REFERENCE_NAMES, shapes=shapes)(model, variables)
+
+
+DIALECTS = (
+    dialects.Dialect(
+        name="official",
+        origin="github.com/bhoov/energy-transformer-jax, checkpoints/plaindict_ckpt.npz",
+        module=EnergyTransformerBlock,
+        read=dialects.from_shapes(from_reference),
+        marks=("^Wq$", "^Wk$", "^Xi$"),
+        ignored={
+            "^[WB](enc|dec)$": "a projection of patches, outside of the block",
+            "^(CLS_token|MASK_token|POS_embed)$": "a token or the positions of the image model around the block",
+        },
+        layout=_layout,
+    ),
+)
 
 VARIANTS: dict[str, dict[str, Any]] = {
     # The block of the paper's image model: 14 x 14 patches and a class token.

@@ -6,6 +6,7 @@ than most files, since the theory, the retrieval and the three layers belong to 
 
 import functools
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import numpy as np
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxlayers.core import axes, remat
+from jaxlayers.core import axes, dialects, remat
 from jaxlayers.core.dtypes import at_least_float32
 from jaxlayers.core.types import ActivationFn, Dtype, Initializer, Params
 from jaxlayers.hopfield.streaming import Streaming, iterate
@@ -1047,6 +1048,46 @@ def from_reference(tensors: Mapping[str, Any], params: Params) -> dict[str, Any]
         raise ValueError(f"the state dict must match the module; missing {missing}, unknown {unknown}; set its fields")
     return flax.traverse_util.unflatten_dict(found, sep="/")
 
+
+def _spare_rows(model: Any, variables: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the fused bias, which has rows there for values that are not projected."""
+    params = flax.traverse_util.flatten_dict(dict(variables["params"]), sep="/")
+    outer = "" if isinstance(model, Hopfield) else "hopfield"
+    rows = [leaf.shape[0] for path, leaf in params.items() if re.search(r"(query|key|value)/bias$", path)]
+    if not rows or any(path.endswith("value/kernel") for path in params):
+        return {}
+    return {".".join(filter(None, (outer, "association_core.in_proj_bias"))): (sum(rows) + rows[0],)}
+
+
+def _layout(*, separate: bool) -> Callable[[Any, Mapping[str, Any]], dialects.Layout]:
+    table = {ours: theirs[0 if separate else -1] for ours, theirs in REFERENCE_NAMES.items()}
+    return dialects.table_layout(
+        {**table, **{f"hopfield/{ours}": f"hopfield.{theirs}" for ours, theirs in table.items()}},
+        shapes=dict.fromkeys(("state_patterns", "stored_patterns", "stored_values"), dialects.with_ones(before=1)),
+        extra=_spare_rows,
+    )
+
+
+_OWN = r"^(association_core|norm_state_pattern|norm_stored_pattern|norm_pattern_projection)\."
+_SEPARATE = r"^(hopfield\.)?association_core\.[qkv]_proj_weight$"
+# Projections of one width stand there in one tensor, others (and those of a layer with `pattern_size`) in three.
+DIALECTS = tuple(
+    dialects.Dialect(
+        name="official_separate" if separate else "official",
+        origin="github.com/ml-jku/hopfield-layers (hflayers 1.0.2)",
+        module=module,
+        read=dialects.from_shapes(from_reference),
+        marks=(mark, _SEPARATE) if separate else (mark,),
+        foreign=foreign if separate else (*foreign, _SEPARATE),
+        layout=_layout(separate=separate),
+    )
+    for module, mark, foreign in (
+        (Hopfield, _OWN, (r"^(?!association_core\.|norm_)",)),
+        (HopfieldPooling, r"^pooling_weights$", (r"^(?!pooling_weights$|hopfield\.)",)),
+        (HopfieldLayer, r"^lookup_weights$", (r"^(?!lookup_weights$|target_weights$|hopfield\.)",)),
+    )
+    for separate in (False, True)
+)
 
 VARIANTS: dict[str, dict[str, Any]] = {
     # A memory without parameters: noisy patterns in, the stored ones out.

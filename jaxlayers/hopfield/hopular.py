@@ -1,7 +1,8 @@
 """Hopular: a network whose every block looks up the whole training set, and its objective.
 
 `TableSchema` of `tabular` says what each column of a table holds, `table_statistics` and `encode_table` there make of
-raw rows what `Hopular` takes; here `augment_table` and `hopular_loss` are its training task.
+raw rows what `Hopular` takes; here `augment_table` and `hopular_loss` are its training task. Longer than most files,
+since parts, model, objective and the reference's names belong to one paper.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ import numpy as np
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxlayers.core import axes, remat
+from jaxlayers.core import axes, dialects, remat
 from jaxlayers.core.dtypes import at_least_float32
 from jaxlayers.core.types import Dtype, Initializer, Params
 from jaxlayers.hopfield import hopfield as _hopfield
@@ -743,6 +744,54 @@ def from_reference(tensors: Mapping[str, Any], params: Params) -> dict[str, Any]
         raise ValueError(f"the state dict must match the module; unknown {sorted(left)}, wrong {wrong}; set its fields")
     return flax.traverse_util.unflatten_dict({path: jnp.asarray(found[path]) for path in wanted}, sep="/")
 
+
+def reference_inputs(model: Hopular) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Return inputs of the least size, which show the shapes of a model's parameters."""
+    return (jax.ShapeDtypeStruct((1, len(model.schema.columns)), jnp.float32),) * 2
+
+
+def _layout(model: Hopular, variables: Mapping[str, Any]) -> dialects.Layout:
+    params = dict(variables["params"])
+    params.pop("embed")
+    table = {"summary/norm": f"{_SUMMARY}.2", "summary/out": f"{_SUMMARY}.3"}
+    for index in range(model.depth):
+        for part in ("sample", "feature"):
+            theirs = f"hopular_blocks.{index}.{part}"
+            table[f"block_{index}/norm_{part}"] = f"{theirs}_norm"
+            for ours, names in _hopfield.REFERENCE_NAMES.items():
+                table[f"block_{index}/{part}_{part}/{ours}"] = (
+                    f"{theirs}_{part}_associations.hopfield_lookup.{names[0]}"
+                )
+    width, columns = model.features, len(model.schema.sizes)
+    found: dict[str, tuple[int, ...]] = {
+        "embeddings.feature_type_embeddings.weight": (2, width),
+        "embeddings.feature_position_embeddings.weight": (columns, width),
+    }
+    for column, size in enumerate(model.schema.sizes):
+        found[f"embeddings.feature_embeddings.{column}.0.weight"] = (width, size + 1)  # with a flag of masked ones
+        found[f"embeddings.feature_embeddings.{column}.0.bias"] = (width,)
+        for place, leaf, shape in ((2, "weight", (width,)), (3, "weight", (width, width))):
+            found[f"embeddings.feature_projections.{column}.{place}.{leaf}"] = shape
+            found[f"embeddings.feature_projections.{column}.{place}.bias"] = (width,)
+    return {**found, **dialects.table_layout(table)(model, {"params": params})}
+
+
+_SUMMARY = "summarizations.feature_summarizations"
+DIALECTS = (
+    dialects.Dialect(
+        name="official",
+        origin="github.com/ml-jku/hopular",
+        module=Hopular,
+        read=dialects.from_shapes(from_reference),
+        marks=(r"^embeddings\.feature_embeddings\.0\.0\.weight$", rf"^{_SUMMARY}\.3\.weight$"),
+        ignored={
+            r"^memory(_ids)?$": "the rows of the training set, which are an input here",
+            r"^embeddings\.feature_(types|positions)$": "numbers of the columns, which follow from the schema",
+        },
+        layout=_layout,
+        one_way="the bias of each column's embedding is added to the embedding of its position",
+    ),
+)
 
 _BINARY_TABLE = TableSchema((*(ContinuousColumn() for _ in range(30)), CategoricalColumn(2)))
 _INPUTS = (jax.ShapeDtypeStruct((1, 31), jnp.float32), jax.ShapeDtypeStruct((256, 31), jnp.float32))

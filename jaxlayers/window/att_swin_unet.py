@@ -1,4 +1,7 @@
-"""Att-SwinU-Net: a U of shifted-window blocks that labels pixels, with attention where encoder and decoder meet."""
+"""Att-SwinU-Net: a U of shifted-window blocks that labels pixels, with attention where encoder and decoder meet.
+
+Longer than most files, since the kinds of skips, the decoder and the names of the public code belong to one paper.
+"""
 
 import functools
 import math
@@ -11,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxlayers.core import axes, reference, remat
+from jaxlayers.core import axes, dialects, reference, remat
 from jaxlayers.core.dtypes import at_least_float32
 from jaxlayers.core.initializers import truncated_normal, zeros
 from jaxlayers.core.labels import no_decay as no_decay
@@ -24,6 +27,7 @@ from jaxlayers.nn.patch_embed import PatchEmbed
 from jaxlayers.ops.halo import cut_windows, join_windows, map_split, window_mask, window_names
 from jaxlayers.ops.patches import crop, from_patches, split_shape
 from jaxlayers.ops.windows import fit_window, relative_position_bias
+from jaxlayers.window import swin
 from jaxlayers.window.swin import PatchMerging, SwinBlock
 
 layer_norm = functools.partial(nn.LayerNorm, epsilon=1e-5)
@@ -721,7 +725,7 @@ def from_reference(tensors: Mapping[str, Any], model: AttSwinUNet, *, source: st
     """
     table, channels = reference.choose_table(REFERENCE_NAMES, source, tensors, "patch_embed/projection/kernel")
     image = jax.ShapeDtypeStruct((1, *_pair(model.patch_size, "patch_size"), channels), jnp.float32)
-    wanted = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
+    wanted = dialects.shapes_of(model, (image,))["params"]
     named = {
         _by_level(name, len(model.depths)): tensor for name, tensor in tensors.items() if not name.startswith(_UNUSED)
     }
@@ -734,6 +738,61 @@ def _by_level(name: str, stages: int) -> str:
         if match := pattern.match(name):
             return level.format(stages - less - int(match[1])) + name[match.end() :]
     return name
+
+
+def reference_inputs(model: AttSwinUNet) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Return inputs of the least size, which show the shapes of a model's parameters."""
+    return (jax.ShapeDtypeStruct((1, *_pair(model.patch_size, "patch_size"), 3), jnp.float32),)
+
+
+_level_layout = dialects.table_layout(
+    _PUBLISHED,
+    shapes={"patch_embed/projection/kernel": dialects.patches(), "head/kernel": dialects.pointwise()},
+    fused={
+        **dict.fromkeys(("attn.query", "attn.key", "attn.value"), "attn.qkv"),
+        **dict.fromkeys(("fn.key", "fn.value"), "fn.to_kv"),
+    },
+)
+
+
+def _layout(model: AttSwinUNet, variables: Mapping[str, Any]) -> dialects.Layout:
+    """Return shape by name, with the decoder's layers counted from the coarsest."""
+    stages = len(model.depths)
+
+    def counted(match: re.Match[str]) -> str:
+        level, part = int(match[1]), match[2]
+        if part == "concat":
+            return f"decoder.concat_back_dim.{stages - 1 - level}"
+        if part == "blocks":
+            return f"decoder.layers_up.{stages - 1 - level}.blocks"
+        # The coarsest expanding is a layer of its own.
+        number = stages - 2 - level
+        return f"decoder.layers_up.{number}.{'upsample.' if number else ''}{part}"
+
+    shapes = _level_layout(model, variables)
+    return {re.sub(r"^decoder\.level\.(\d+)\.(\w+)", counted, name): shape for name, shape in shapes.items()}
+
+
+DIALECTS = (
+    dialects.Dialect(
+        name="published",
+        origin="github.com/NITR098/AttSwinUNet",
+        module=AttSwinUNet,
+        read=dialects.from_params(from_reference, source="published"),
+        marks=(
+            r"^encoder\.layers\.0\.blocks\.0\.attn\.relative_position_bias_table$",
+            r"^decoder\.layers_up\.0\.expand\.weight$",
+        ),
+        ignored={
+            **swin.COMPUTED,
+            r"^patch_embed\.": "made by the public code and never called; the encoder has its own",
+            r"^decoder\.norm\.": "made by the public code and never called",
+        },
+        layout=_layout,
+        head="decoder.output.weight",
+        stem="encoder.patch_embed.proj.weight",
+    ),
+)
 
 
 def _variant(**fields: Any) -> dict[str, Any]:

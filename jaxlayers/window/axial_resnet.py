@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxlayers.core import axes, reference
+from jaxlayers.core import axes, dialects, reference
 from jaxlayers.core.initializers import lecun_normal, truncated_normal, zeros
 from jaxlayers.core.labels import no_decay as no_decay
 from jaxlayers.core.labels import pyramid_layer_ids
@@ -584,8 +584,48 @@ def from_reference(tensors: Mapping[str, Any], model: AxialResNet, *, source: st
     split = split_reference(tensors, model.num_heads)
     table, channels = reference.choose_table(REFERENCE_NAMES, source, split, "patch_embed/projection/kernel")
     image = jax.ShapeDtypeStruct((1, 32, 32, channels), jnp.float32)
-    wanted = jax.eval_shape(model.init, jax.random.key(0), image)
+    wanted = dialects.shapes_of(model, (image,))
     return reference.read_variables(split, wanted, table, ignored=("flatten_index",))
+
+
+def reference_inputs(model: AxialResNet) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Return inputs of a small size, which show the shapes of a model's parameters."""
+    return (jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32),)
+
+
+def _joined(name: str) -> str:
+    """Return the reference's name of what `split_reference` has cut."""
+    name = re.sub(r"^stages\.(\d+)", lambda match: f"layer{int(match[1]) + 1}", name)
+    return re.sub(r"\.(query|key|value)_position$", ".relative", name)
+
+
+_PARTS = ("query", "key", "value")
+DIALECTS = (
+    dialects.Dialect(
+        name="official",
+        origin="github.com/csrhddlam/axial-deeplab",
+        module=AxialResNet,
+        read=dialects.from_variables(from_reference, source="official"),
+        marks=(r"^layer1\.0\.hight_block\.qkv_transform\.weight$", r"^conv1\.weight$"),
+        ignored={**dialects.COUNTED, r"flatten_index$": "an index that follows from the size of the map"},
+        layout=dialects.table_layout(
+            REFERENCE_NAMES["official"],
+            shapes={
+                **{f"blocks/{part}/kernel": dialects.pointwise() for part in ("reduce", "expand", "skip")},
+                **{f"{part}/kernel": dialects.pointwise(1) for part in _PARTS},
+                **{f"{part}_position": lambda model, ours: ours[::-1] for part in _PARTS},
+            },
+            fused={
+                **dict.fromkeys(_PARTS, "qkv_transform"),
+                **{f"{part}_norm": "bn_qkv" for part in _PARTS},
+                **dict.fromkeys(("content_norm", "position_norm"), "bn_output"),
+            },
+            rename=_joined,
+        ),
+        head="fc.weight",
+        stem="conv1.weight",
+    ),
+)
 
 
 def _variant(embed_dim: int, depths: tuple[int, ...]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxlayers.core import axes, reference, remat
+from jaxlayers.core import axes, dialects, reference, remat
 from jaxlayers.core.initializers import lecun_normal, truncated_normal, zeros
 from jaxlayers.core.labels import label
 from jaxlayers.core.labels import no_decay as no_decay
@@ -541,10 +541,48 @@ def from_reference(tensors: Mapping[str, Any], model: CrossViT, *, source: str) 
         raise ValueError(
             f"a checkpoint of source={source!r} must hold {table['small/class_token']!r}; pass the source it comes from"
         )
-    channels = next(np.shape(value)[1] for name, value in tensors.items() if np.ndim(value) == 4)
+    stem = "patch_embed.0.proj.0.weight" if model.conv_embed else "patch_embed.0.proj.weight"
+    if stem not in tensors:
+        raise ValueError(f"the checkpoint must hold {stem!r}; set conv_embed as it has it, not {model.conv_embed}")
+    channels = np.shape(tensors[stem])[1]
     image = jax.ShapeDtypeStruct((1, 16, 16, channels), jnp.float32)
-    wanted = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
+    wanted = dialects.shapes_of(model, (image,))["params"]
     return reference.read_reference(reference.split_fused(tensors), wanted, table)
+
+
+def reference_inputs(model: CrossViT) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Return inputs of a small size, which show the shapes of a model's parameters."""
+    return (jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32),)
+
+
+def _patches(branch: int) -> Callable[[CrossViT, tuple[int, ...]], tuple[int, ...]]:
+    def shape(model: CrossViT, ours: tuple[int, ...]) -> tuple[int, ...]:
+        length = model.patch_size[branch]
+        return (ours[1], ours[0] // length**2, length, length)
+
+    return shape
+
+
+# Classifier and first kernel are not named, since there are two of each.
+DIALECTS = tuple(
+    dialects.Dialect(
+        name=name,
+        origin=origin,
+        module=CrossViT,
+        read=dialects.from_params(from_reference, source=name),
+        marks=(rf"^cls_token{place}0$", r"^blocks\.0\.revert_projs\."),
+        layout=dialects.table_layout(
+            REFERENCE_NAMES[name],
+            shapes={
+                **{f"{branch}/embed/projection/kernel": _patches(index) for index, branch in enumerate(_BRANCHES)},
+                "class_token": dialects.with_ones(before=2),
+                "position_embedding": dialects.with_ones(before=1),
+            },
+            fused=dict.fromkeys(("attn.query", "attn.key", "attn.value"), "attn.qkv"),
+        ),
+    )
+    for name, origin, place in (("timm", "timm", "_"), ("official", "github.com/IBM/CrossViT", r"\."))
+)
 
 
 def _variant(

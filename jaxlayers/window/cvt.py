@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxlayers.core import axes, reference, remat
+from jaxlayers.core import axes, dialects, reference, remat
 from jaxlayers.core.initializers import lecun_normal, truncated_normal, zeros
 from jaxlayers.core.labels import no_decay as no_decay
 from jaxlayers.core.labels import pyramid_layer_ids
@@ -692,8 +692,34 @@ def from_reference(tensors: Mapping[str, Any], model: Cvt, *, source: str) -> di
     """
     table, channels = reference.choose_table(REFERENCE_NAMES, source, tensors, "stages_0/embed/projection/kernel")
     image = jax.ShapeDtypeStruct((1, 32, 32, channels), jnp.float32)
-    wanted = jax.eval_shape(model.init, jax.random.key(0), image)
+    wanted = dialects.shapes_of(model, (image,))
     return reference.read_variables(tensors, wanted, table)
+
+
+def reference_inputs(model: Cvt) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Return inputs of a small size, which show the shapes of a model's parameters."""
+    return (jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32),)
+
+
+# Name: where such files come from, marks.
+_MARKS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "huggingface": ("Hugging Face transformers", (r"^cvt\.encoder\.stages\.0\.embedding\.",)),
+    "official": ("github.com/microsoft/CvT", (r"^stage0\.patch_embed\.proj\.weight$", r"\.conv_proj_q\.bn\.weight$")),
+}
+DIALECTS = tuple(
+    dialects.Dialect(
+        name=name,
+        origin=origin,
+        module=Cvt,
+        read=dialects.from_variables(from_reference, source=name),
+        marks=marks,
+        ignored=dialects.COUNTED,
+        layout=dialects.table_layout(REFERENCE_NAMES[name], shapes={"class_token": dialects.with_ones(before=2)}),
+        head=f"{REFERENCE_NAMES[name]['head']}.weight",
+        stem=f"{REFERENCE_NAMES[name]['stages/embed/projection'].format(stage=0)}.weight",
+    )
+    for name, (origin, marks) in _MARKS.items()
+)
 
 
 def _variant(

@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxlayers.core import axes, reference, remat
+from jaxlayers.core import axes, dialects, reference, remat
 from jaxlayers.core.initializers import truncated_normal, zeros
 from jaxlayers.core.types import Dtype, Initializer
 from jaxlayers.nn.drop_path import drop_path_rates
 from jaxlayers.ops.patches import crop, from_blocks, split_shape
+from jaxlayers.window import swin
 from jaxlayers.window.swin import SwinBlock, layer_norm
 
 # Means of red, green and blue in the DIV2K photographs, which the reference subtracts.
@@ -397,9 +398,37 @@ def from_reference(tensors: Mapping[str, Any], model: DRCT) -> dict[str, Any]:
     if "conv_first.weight" not in tensors:
         raise ValueError("a checkpoint of DRCT must hold 'conv_first.weight'; pass the network's own tensors")
     image = jax.ShapeDtypeStruct((1, *_pair(model.window_size), tensors["conv_first.weight"].shape[1]), jnp.float32)
-    wanted = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
+    wanted = dialects.shapes_of(model, (image,))["params"]
     theirs = reference.split_fused({counted(name): tensor for name, tensor in tensors.items()})
     return reference.read_reference(theirs, wanted, REFERENCE_NAMES, ignored=("relative_position_index", "attn_mask"))
+
+
+def reference_inputs(model: DRCT) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Return inputs of a small size, which show the shapes of a model's parameters."""
+    return (jax.ShapeDtypeStruct((1, *_pair(model.window_size), 3), jnp.float32),)
+
+
+def _counted_their_way(name: str) -> str:
+    name = re.sub(r"\.(swin|adjust)\.(\d+)\.", lambda found: f".{found[1]}{int(found[2]) + 1}.", name)
+    return re.sub(r"^upsample\.(\d+)", lambda found: f"upsample.{2 * int(found[1])}", name)
+
+
+DIALECTS = (
+    dialects.Dialect(
+        name="official",
+        origin="github.com/ming053l/DRCT",
+        module=DRCT,
+        read=dialects.from_params(from_reference),
+        marks=(r"^conv_first\.weight$", r"^layers\.0\.swin1\.attn\.relative_position_bias_table$"),
+        ignored=swin.COMPUTED,
+        layout=dialects.table_layout(
+            REFERENCE_NAMES,
+            shapes={"reductions/kernel": dialects.pointwise()},
+            fused=dict.fromkeys(("attn.query", "attn.key", "attn.value"), "attn.qkv"),
+            rename=_counted_their_way,
+        ),
+    ),
+)
 
 
 VARIANTS: dict[str, dict[str, Any]] = {

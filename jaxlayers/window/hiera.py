@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxlayers.core import axes, reference, remat
+from jaxlayers.core import axes, dialects, reference, remat
 from jaxlayers.core.initializers import lecun_normal, truncated_normal, zeros
 from jaxlayers.core.labels import no_decay as no_decay
 from jaxlayers.core.labels import pyramid_layer_ids
@@ -909,7 +909,7 @@ def from_reference(tensors: Mapping[str, Any], model: nn.Module, *, source: str)
     table, channels = reference.choose_table(REFERENCE_NAMES, source, tensors, "patch_embed/projection/kernel")
     fields: Any = model
     image = jax.ShapeDtypeStruct((1, *_image(fields.image_size), channels), jnp.float32)
-    wanted = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
+    wanted = dialects.shapes_of(model, (image,))["params"]
     places = [(stage, block) for stage, depth in enumerate(fields.depths) for block in range(depth)]
 
     def renumber(match: re.Match[str]) -> str:
@@ -920,6 +920,52 @@ def from_reference(tensors: Mapping[str, Any], model: nn.Module, *, source: str)
     for name, tensor in tensors.items():
         renamed[re.sub(r"^blocks\.(\d+)\.", renumber, name)] = tensor
     return reference.read_reference(reference.split_fused(renamed), wanted, table)
+
+
+def reference_inputs(model: Hiera) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Return inputs, which show the shapes of a model's parameters."""
+    return (jax.ShapeDtypeStruct((1, *_image(model.image_size), 3), jnp.float32),)
+
+
+def _layout(source: str) -> Callable[[Hiera, Mapping[str, Any]], dialects.Layout]:
+    """Return the function of a source that tells its layout, with blocks numbered through."""
+    staged = dialects.table_layout(
+        REFERENCE_NAMES[source],
+        shapes={f"{of}position_embedding": dialects.with_ones(before=1) for of in ("", "temporal_", "spatial_")},
+        fused=dict.fromkeys(("attn.query", "attn.key", "attn.value"), "attn.qkv"),
+    )
+
+    def layout(model: Hiera, variables: Mapping[str, Any]) -> dialects.Layout:
+        def number(match: re.Match[str]) -> str:
+            return f"blocks.{sum(model.depths[: int(match[1])]) + int(match[2])}."
+
+        shapes = staged(model, variables)
+        return {re.sub(r"^blocks\.(\d+)\.(\d+)\.", number, name): shape for name, shape in shapes.items()}
+
+    return layout
+
+
+# Name: where such files come from, marks, foreign names.
+_NUMBERED = (r"^patch_embed\.proj\.weight$", r"^blocks\.0\.attn\.qkv\.", r"^blocks\.\d+\.proj\.weight$")
+_MARKS: Mapping[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    "timm": ("timm", (*_NUMBERED, r"^head\.norm\."), ()),
+    "official": ("github.com/facebookresearch/hiera", (*_NUMBERED, r"^norm\.weight$"), (r"^decoder_",)),
+    "huggingface": ("Hugging Face transformers", (r"^hiera\.encoder\.",), (r"^decoder\.",)),
+}
+DIALECTS = tuple(
+    dialects.Dialect(
+        name=name,
+        origin=origin,
+        module=Hiera,
+        read=dialects.from_params(from_reference, source=name),
+        marks=marks,
+        foreign=foreign,
+        layout=_layout(name),
+        head=f"{REFERENCE_NAMES[name]['head']}.weight",
+        stem=f"{REFERENCE_NAMES[name]['patch_embed/projection']}.weight",
+    )
+    for name, (origin, marks, foreign) in _MARKS.items()
+)
 
 
 def _variant(embed_dim: int, num_heads: int, depths: tuple[int, ...], *, video: bool = False) -> dict[str, Any]:

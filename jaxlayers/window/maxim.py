@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxlayers.core import axes, reference, remat
+from jaxlayers.core import axes, dialects, reference, remat
 from jaxlayers.core.dtypes import at_least_float32
 from jaxlayers.core.initializers import lecun_normal, zeros
 from jaxlayers.core.types import Dtype, Initializer
@@ -602,7 +603,7 @@ def from_reference(tensors: Mapping[str, Any], model: Maxim, *, source: str = "o
         renamed[f"{module.replace('/', '.')}.{leaf}"] = np.moveaxis(value, (-1, -2), (0, 1)) if is_kernel else value
     table, channels = reference.choose_table(REFERENCE_NAMES, source, renamed, "stages_0/inputs_0/kernel")
     image = jax.ShapeDtypeStruct((1, model.multiple, model.multiple, channels), jnp.float32)
-    wanted = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
+    wanted = dialects.shapes_of(model, (image,))["params"]
     return {"params": reference.read_reference(renamed, wanted, table)}
 
 
@@ -618,6 +619,52 @@ def _named_joins(name: str, levels: int) -> str:
         return f"stage_{stage}_{'skip' if is_skip else 'encoded'}_{level}_{other}"
 
     return re.sub(r"^UpSampleRatio_(\d+)", named, name)
+
+
+def reference_inputs(model: Maxim) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Return inputs of the least size, which show the shapes of a model's parameters."""
+    return (jax.ShapeDtypeStruct((1, model.multiple, model.multiple, 3), jnp.float32),)
+
+
+def _layout(below: str) -> Callable[[Maxim, Mapping[str, Any]], dialects.Layout]:
+    """Return the function that tells a layout; `below` stands before every name."""
+
+    def layout(model: Maxim, variables: Mapping[str, Any]) -> dialects.Layout:
+        levels = len(model.window_size)
+
+        def counted(match: re.Match[str]) -> str:
+            stage, level, other = (int(match[place]) for place in (1, 3, 4))
+            is_skip = match[2] == "skip"
+            order = levels - 1 - other if is_skip else other
+            return f"UpSampleRatio_{levels * (levels * (2 * stage + is_skip) + levels - 1 - level) + order}/"
+
+        found = {}
+        for path, leaf in flax.traverse_util.flatten_dict(dict(variables["params"]), sep="/").items():
+            name = reference.reference_name(path, REFERENCE_NAMES["official"]).rpartition(".")[0].replace(".", "/")
+            name = re.sub(r"^stage_(\d+)_(encoded|skip)_(\d+)_(\d+)/", counted, name)
+            # Ours are matrices where theirs are convolutions of size one.
+            is_point = len(leaf.shape) == 2 and re.search("Conv|input_proj$", name.rpartition("/")[2])
+            found[f"{below}{name}/{path.rpartition('/')[2]}"] = (1, 1, *leaf.shape) if is_point else tuple(leaf.shape)
+        return found
+
+    return layout
+
+
+DIALECTS = tuple(
+    dialects.Dialect(
+        name=name,
+        origin=origin,
+        module=Maxim,
+        read=dialects.from_variables(from_reference, source="official"),
+        marks=(rf"^{below}stage_0_input_conv_0/kernel$", rf"^{below}UpSampleRatio_0/Conv_0/kernel$"),
+        ignored={r"^opt/(?!target/)": "the state of a training"},
+        layout=_layout(below),
+    )
+    for name, origin, below in (
+        ("official", "files of github.com/google-research/maxim", "opt/target/"),
+        ("official_tree", "parameters of google-research/maxim alone, their path joined by `/`", ""),
+    )
+)
 
 
 VARIANTS: dict[str, dict[str, Any]] = {

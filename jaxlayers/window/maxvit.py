@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxlayers.core import axes, reference, remat
+from jaxlayers.core import axes, dialects, reference, remat
 from jaxlayers.core.initializers import truncated_normal, zeros
 from jaxlayers.core.labels import no_decay as no_decay
 from jaxlayers.core.labels import pyramid_layer_ids
@@ -702,7 +702,7 @@ def from_reference(tensors: Mapping[str, Any], model: MaxViT, *, source: str = "
     """
     table, channels = reference.choose_table(REFERENCE_NAMES, source, tensors, "patch_embed/convolution1/kernel")
     image = jax.ShapeDtypeStruct((1, 32, 32, channels), jnp.float32)
-    wanted = jax.eval_shape(model.init, jax.random.key(0), image)
+    wanted = dialects.shapes_of(model, (image,))
     ours = {name: _turned(tensor) if name.endswith(_TABLE) else tensor for name, tensor in tensors.items()}
     return reference.read_variables(reference.split_fused(ours), wanted, table)
 
@@ -710,6 +710,47 @@ def from_reference(tensors: Mapping[str, Any], model: MaxViT, *, source: str = "
 def _turned(table: Any) -> np.ndarray:
     """Return a table of offsets key - query, heads first, as one of offsets query - key, heads last."""
     return np.asarray(table)[:, ::-1, ::-1].reshape(len(table), -1).T
+
+
+def reference_inputs(model: MaxViT) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Return inputs of a small size, which show the shapes of a model's parameters."""
+    return (jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32),)
+
+
+def _their_table(size: str) -> Callable[[MaxViT, tuple[int, ...]], tuple[int, ...]]:
+    """Return the rule of a table of offsets that is [heads, rows, columns] there; `size` names the model's field."""
+
+    def shape(model: MaxViT, ours: tuple[int, ...]) -> tuple[int, ...]:
+        height, width = _pair(getattr(model, size), size)
+        return (ours[1], 2 * height - 1, 2 * width - 1)
+
+    return shape
+
+
+DIALECTS = (
+    dialects.Dialect(
+        name="timm",
+        origin="timm, `maxvit_*_tf_*`",
+        module=MaxViT,
+        read=dialects.from_variables(from_reference, source="timm"),
+        marks=(r"^stages\.0\.blocks\.0\.attn_grid\.attn\.rel_pos\.relative_position_bias_table$", r"^stem\.conv1\."),
+        ignored=dialects.COUNTED,
+        layout=dialects.table_layout(
+            REFERENCE_NAMES["timm"],
+            shapes={
+                f"block_attention/attention/{_TABLE}": _their_table("window_size"),
+                f"grid_attention/attention/{_TABLE}": _their_table("grid_size"),
+                **{
+                    f"convolution/{part}/kernel": dialects.pointwise()
+                    for part in ("shortcut", "up", "down", "squeeze/up", "squeeze/down")
+                },
+            },
+            fused=dict.fromkeys(("attn.query", "attn.key", "attn.value"), "attn.qkv"),
+        ),
+        head="head.fc.weight",
+        stem="stem.conv1.weight",
+    ),
+)
 
 
 def _variant(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxlayers.core import axes, reference, remat
+from jaxlayers.core import axes, dialects, reference, remat
 from jaxlayers.core.dtypes import at_least_float32
 from jaxlayers.core.initializers import lecun_normal, truncated_normal, zeros
 from jaxlayers.core.labels import no_decay as no_decay
@@ -714,9 +714,39 @@ def from_reference(tensors: Mapping[str, Any], model: RMT, *, source: str = "off
     """
     table, channels = reference.choose_table(REFERENCE_NAMES, source, tensors, "patch_embed/conv1/kernel")
     image = jax.ShapeDtypeStruct((1, 32, 32, channels), jnp.float32)
-    wanted = jax.eval_shape(model.init, jax.random.key(0), image)
+    wanted = dialects.shapes_of(model, (image,))
     # The reference stores the gammas and the angles, which follow from the fields.
     return reference.read_variables(tensors, wanted, table, ignored=("Relpos.angle", "Relpos.decay"))
+
+
+def reference_inputs(model: RMT) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Return inputs of a small size, which show the shapes of a model's parameters."""
+    return (jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32),)
+
+
+DIALECTS = (
+    dialects.Dialect(
+        name="official",
+        origin="github.com/qhfan/RMT",
+        module=RMT,
+        read=dialects.from_variables(from_reference, source="official"),
+        marks=(r"^layers\.0\.blocks\.0\.retention\.q_proj\.weight$",),
+        ignored={
+            **dialects.COUNTED,
+            r"Relpos\.angle$": "angles that follow from the width of a head",
+            r"Relpos\.decay$": "decays that follow from the fields",
+        },
+        layout=dialects.table_layout(
+            REFERENCE_NAMES["official"],
+            shapes={
+                "layer_scale1": dialects.with_ones(before=3),
+                "layer_scale2": dialects.with_ones(before=3),
+            },
+        ),
+        head="head.weight",
+        stem="patch_embed.proj.0.weight",
+    ),
+)
 
 
 def _variant(depths: tuple[int, ...], drop_path_rate: float, **fields: Any) -> dict[str, Any]:

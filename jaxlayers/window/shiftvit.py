@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxlayers.core import axes, reference
+from jaxlayers.core import axes, dialects, reference
 from jaxlayers.core.initializers import truncated_normal, zeros
 from jaxlayers.core.labels import no_decay as no_decay
 from jaxlayers.core.labels import pyramid_layer_ids
@@ -380,8 +380,36 @@ def from_reference(tensors: Mapping[str, Any], model: ShiftViT, *, source: str =
     """
     table, channels = reference.choose_table(REFERENCE_NAMES, source, tensors, "patch_embed/projection/kernel")
     image = jax.ShapeDtypeStruct((1, 32, 32, channels), jnp.float32)
-    wanted = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
+    wanted = dialects.shapes_of(model, (image,))["params"]
     return reference.read_reference(tensors, wanted, table)
+
+
+def reference_inputs(model: ShiftViT) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Return inputs of a small size, which show the shapes of a model's parameters."""
+    return (jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32),)
+
+
+DIALECTS = (
+    dialects.Dialect(
+        name="official",
+        origin="github.com/microsoft/SPACH",
+        module=ShiftViT,
+        read=dialects.from_params(from_reference, source="official"),
+        marks=(r"^patch_embed\.proj\.weight$", r"^layers\.0\.blocks\.0\.norm2\.", r"^layers\.0\.blocks\.0\.mlp\.fc1\."),
+        foreign=(r"^layers\.0\.blocks\.0\.(attn|norm1)\.",),
+        layout=dialects.table_layout(
+            REFERENCE_NAMES["official"],
+            shapes={
+                "patch_embed/projection/kernel": dialects.patches(),
+                "downsample/projection/kernel": lambda model, ours: (ours[1], ours[0] // 4, 2, 2),
+                "feed_forward/up/kernel": dialects.pointwise(),
+                "feed_forward/down/kernel": dialects.pointwise(),
+            },
+        ),
+        head="head.weight",
+        stem="patch_embed.proj.weight",
+    ),
+)
 
 
 def _variant(depths: tuple[int, ...], mlp_ratio: float, drop_path_rate: float, *, base: bool = False) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """SimMIM: pretraining a window transformer by letting it predict the pixels of hidden patches."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from jaxlayers.core import dialects
 from jaxlayers.core.dtypes import at_least_float32
 from jaxlayers.core.initializers import lecun_normal, truncated_normal, zeros
 from jaxlayers.core.types import Dtype, Initializer, PRNGKey
@@ -237,7 +238,7 @@ def from_reference(tensors: Mapping[str, Any], model: SimMIM, *, source: str) ->
     missing = [name for name in own if name not in tensors]
     if missing:
         raise ValueError(f"a SimMIM checkpoint of source={source!r} must hold {missing}; pass the source it comes from")
-    encoder = {name.removeprefix(prefix): value for name, value in tensors.items() if name not in own}
+    encoder = {name.removeprefix(prefix): tensors[name] for name in tensors if name not in own}
     weight, bias = (np.asarray(tensors[name]) for name in own[1:])
     factor = 2 ** (len(model.encoder.depths) - 1)
     stride = tuple(length * factor for length in _pair(model.encoder.patch_size))
@@ -258,6 +259,55 @@ def _read_encoder(tensors: Mapping[str, Any], encoder: Swin | SwinV2, source: st
         return swin_v2.from_reference(tensors, encoder, source=source)
     return swin.from_reference(tensors, encoder, source=source)
 
+
+def reference_inputs(model: SimMIM) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Return inputs of the least size, which show the shapes of a model's parameters."""
+    return (jax.ShapeDtypeStruct((1, *_pair(model.encoder.patch_size), 3), jnp.float32),)
+
+
+def _layout(source: str) -> Callable[[SimMIM, Mapping[str, Any]], dialects.Layout]:
+    """Return the function of a source that tells its layout: that of the encoder, with token and decoder."""
+
+    def layout(model: SimMIM, variables: Mapping[str, Any]) -> dialects.Layout:
+        is_v2 = isinstance(model.encoder, SwinV2)
+        known = {one.name: one for one in (swin_v2 if is_v2 else swin).DIALECTS}
+        if source not in known:
+            raise ValueError(f"source={source!r} must be one of {sorted(known)} for this encoder; pass one of them")
+        params = variables["params"]
+        encoder = dialects.layout_of(known[source], model.encoder, {"params": params["encoder"]})
+        prefix, token = _REFERENCE[source]
+        features, pixels = params["decoder"]["kernel"].shape
+        return {
+            **{f"{prefix}{name}": shape for name, shape in encoder.items()},
+            token.format(encoder="swinv2" if is_v2 else "swin"): (1, 1, *params["mask_token"].shape),
+            "decoder.0.weight": (pixels, features, 1, 1),
+            "decoder.0.bias": (pixels,),
+        }
+
+    return layout
+
+
+# Where such files come from, and marks beside the decoder.
+_MARKS = {
+    "official": ("github.com/microsoft/SimMIM", (r"^encoder\.mask_token$",)),
+    "huggingface": (
+        "files of Hugging Face transformers",
+        (r"^swin(v2)?\.embeddings\.mask_token$", r"attention\.self\.query\."),
+    ),
+    "huggingface_5": ("transformers from 5 on, in memory", (r"^swin\.embeddings\.mask_token$", r"attention\.q_proj\.")),
+}
+DIALECTS = tuple(
+    dialects.Dialect(
+        name=name,
+        origin=origin,
+        module=SimMIM,
+        read=dialects.from_params(from_reference, source=name),
+        marks=(r"^decoder\.0\.weight$", *marks),
+        ignored=swin.COMPUTED,
+        layout=_layout(name),
+    )
+    for name, (origin, marks) in _MARKS.items()
+)
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "simmim_swin_base": {

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxlayers.core import axes, reference, remat
+from jaxlayers.core import axes, dialects, reference, remat
 from jaxlayers.core.dtypes import at_least_float32
 from jaxlayers.core.initializers import truncated_normal, zeros
 from jaxlayers.core.types import ActivationFn, Dtype, Initializer
@@ -667,8 +668,61 @@ def from_reference(tensors: Mapping[str, Any], model: StyleSwin) -> dict[str, An
         else:
             renamed[name] = array
     width = renamed["mapping.0.weight"].shape[1] if "mapping.0.weight" in renamed else model.style_features
-    wanted = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, width), jnp.float32))["params"]
+    wanted = dialects.shapes_of(model, (jax.ShapeDtypeStruct((1, width), jnp.float32),))["params"]
     return reference.read_reference(reference.split_fused(renamed), wanted, REFERENCE_NAMES, ignored=_COMPUTED)
+
+
+def reference_inputs(model: StyleSwin) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Return inputs, which show the shapes of a model's parameters."""
+    return (jax.ShapeDtypeStruct((1, model.style_features), jnp.float32),)
+
+
+def _named_their_way(name: str) -> str:
+    name = "input.input" if name == "constant" else name
+    return re.sub(r"^mapping\.(\d+)", lambda found: f"style.{int(found[1]) + 1}", name)
+
+
+_whole_layout = dialects.table_layout(
+    REFERENCE_NAMES,
+    shapes={
+        "constant": lambda model, ours: (1, ours[2], *ours[:2]),
+        "upsample/alpha": dialects.with_ones(after=1),
+        "to_rgbs/projection/kernel": dialects.pointwise(),
+        "to_rgbs/bias": lambda model, ours: (1, *ours, 1, 1),
+    },
+    fused=dict.fromkeys(("query", "key", "value"), "qkv"),
+    rename=_named_their_way,
+)
+
+
+def _layout(model: StyleSwin, variables: Mapping[str, Any]) -> dialects.Layout:
+    """Return shape by name, with a table each for the regular and the shifted heads."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name, shape in _whole_layout(model, variables).items():
+        if name.endswith(_TABLE):
+            for half in range(2):
+                found[name.replace(_TABLE, f"attn.{half}.{_TABLE}")] = (shape[0], shape[1] // 2)
+        else:
+            found[name] = shape
+    return found
+
+
+DIALECTS = (
+    dialects.Dialect(
+        name="official",
+        origin="github.com/microsoft/StyleSwin, `g_ema` of its files",
+        module=StyleSwin,
+        read=dialects.from_params(from_reference),
+        marks=(r"^input\.input$", r"^to_rgbs\.0\.conv\.weight$", r"^layers\.0\.blocks\.0\.attn\.0\."),
+        ignored={
+            r"attn_mask[12]$": "a mask that follows from the size of the map",
+            r"relative_position_index$": "an index that follows from the window",
+            r"_float_tensor$": "an empty tensor that tells the device",
+            r"\.kernel$": "the filter of an upsampling, which is not learned",
+        },
+        layout=_layout,
+    ),
+)
 
 
 def _variant(size: int, multiplier: int) -> dict[str, Any]:

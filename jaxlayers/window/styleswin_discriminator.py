@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxlayers.core import axes, reference, remat
+from jaxlayers.core import axes, dialects, reference, remat
 from jaxlayers.core.dtypes import at_least_float32
 from jaxlayers.core.initializers import zeros
 from jaxlayers.core.types import Dtype, Initializer
@@ -253,8 +253,30 @@ def from_reference(tensors: Mapping[str, Any], model: WaveletDiscriminator) -> d
     side = 8 * 2 ** (len(model.features) - 1)
     channels = renamed["from_rgbs.0.conv.0.weight"].shape[1] // 4 if "from_rgbs.0.conv.0.weight" in renamed else 3
     picture = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
-    wanted = jax.eval_shape(model.init, jax.random.key(0), picture)["params"]
+    wanted = dialects.shapes_of(model, (picture,))["params"]
     return reference.read_reference(renamed, wanted, REFERENCE_NAMES, ignored=_COMPUTED)
+
+
+def reference_inputs(model: WaveletDiscriminator) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Return inputs, which show the shapes of a model's parameters."""
+    side = 8 * 2 ** (len(model.features) - 1)
+    return (jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32),)
+
+
+DIALECTS = (
+    dialects.Dialect(
+        name="official",
+        origin="github.com/microsoft/StyleSwin, `d` of its files",
+        module=WaveletDiscriminator,
+        read=dialects.from_params(from_reference),
+        marks=(r"^from_rgbs\.0\.conv\.0\.weight$", r"^final_linear\.1\.weight$"),
+        ignored={
+            r"\.(ll|lh|hl|hh)$": "a filter of Haar's wavelets, which is not learned",
+            r"\.kernel$": "the filter of a downsampling, which is not learned",
+        },
+        layout=dialects.table_layout(REFERENCE_NAMES),
+    ),
+)
 
 
 def _variant(size: int, multiplier: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from jaxlayers.core import axes, remat
+from jaxlayers.core import axes, dialects, remat
 from jaxlayers.core.dtypes import at_least_float32
 from jaxlayers.core.initializers import truncated_normal, zeros
 from jaxlayers.core.labels import no_decay as no_decay
@@ -904,6 +904,60 @@ def _from_torch(path: str, tensor: np.ndarray, *, fused: bool) -> np.ndarray:
     return tensor.T if tensor.ndim == 2 else np.moveaxis(tensor, (1, 0), (-2, -1)).reshape(-1, tensor.shape[0])
 
 
+def reference_inputs(model: Swin) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Return inputs of the least size, which show the shapes of a model's parameters."""
+    return (jax.ShapeDtypeStruct((1, *_pair(model.patch_size), 3), jnp.float32),)
+
+
+COMPUTED: Mapping[str, str] = {
+    r"relative_position_index$": "an index that follows from the window",
+    r"attn_mask$": "a mask that follows from the size of the map",
+    r"relative_coords_table$": "distances that follow from the window",
+}
+_IN_BLOCK = r"blocks\.0\.attn\.relative_position_bias_table$"
+# Name: where such files come from, marks, foreign names.
+_MARKS: Mapping[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    "timm": (
+        "timm from 0.9 on",
+        (rf"^layers\.\d+\.{_IN_BLOCK}",),
+        (r"^layers\.0\.downsample\.", r"^head\.weight$", r"^layers_up\.", r"^(fam|feature|tss)\."),
+    ),
+    "official": (
+        "github.com/microsoft/Swin-Transformer, and timm before 0.9",
+        (rf"^layers\.\d+\.{_IN_BLOCK}", r"^layers\.0\.downsample\."),
+        (r"^layers_up\.", r"^layers\.0\.0\.", r"^(fam|feature|tss)\.", r"^head\.fc\.", r"^conv_first\."),
+    ),
+    "torchvision": ("torchvision", (r"^features\.1\.0\.attn\.relative_position_bias_table$",), ()),
+    "huggingface": (
+        "files of Hugging Face transformers",
+        (r"^swin\.encoder\..*attention\.self\.query\.",),
+        (r"^decoder\.",),
+    ),
+    "huggingface_5": (
+        "transformers from 5 on, in memory",
+        (r"^swin\.encoder\..*attention\.q_proj\.",),
+        (r"^decoder\.",),
+    ),
+}
+DIALECTS = tuple(
+    dialects.Dialect(
+        name=name,
+        origin=origin,
+        module=Swin,
+        read=dialects.from_params(from_reference, source=name),
+        marks=marks,
+        foreign=foreign,
+        ignored=COMPUTED,
+        layout=dialects.table_layout(
+            REFERENCE_NAMES[name], shapes={"patch_embed/projection/kernel": dialects.patches()}
+        ),
+        head=f"{REFERENCE_NAMES[name]['head']}.weight",
+        stem=f"{REFERENCE_NAMES[name]['patch_embed/projection']}.weight",
+    )
+    for name, (origin, marks, foreign) in _MARKS.items()
+)
+
+
 def _variant(embed_dim: int, depths: Sequence[int], drop_path_rate: float, size: int, window: int) -> dict[str, Any]:
     return {
         "module": Swin,
@@ -926,3 +980,39 @@ VARIANTS: dict[str, dict[str, Any]] = {
     }.items()
     for suffix, size, window in (("", 224, 7), ("_384", 384, 12))
 }
+
+
+def _from_huggingface(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    return "swin_tiny", huggingface_fields(config)
+
+
+def huggingface_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a Swin or Swin V2 that a `config.json` of transformers describes; what it omits is default.
+
+    Raises:
+      ValueError: if it describes what the model does not have.
+    """
+    wanted = {"hidden_act": "gelu", "use_absolute_embeddings": False, "qkv_bias": True}
+    for key, value in wanted.items():
+        if config.get(key, value) != value:
+            raise ValueError(f"config.json has {key}={config[key]!r}, which must be {value!r}; it is another model")
+    return {
+        "num_classes": huggingface_classes(config),
+        "patch_size": config.get("patch_size", 4),
+        "embed_dim": config.get("embed_dim", 96),
+        "depths": tuple(config.get("depths", (2, 2, 6, 2))),
+        "num_heads": tuple(config.get("num_heads", (3, 6, 12, 24))),
+        "window_size": config.get("window_size", 7),
+        "mlp_ratio": config.get("mlp_ratio", 4.0),
+        "drop_path_rate": config.get("drop_path_rate", 0.1),
+    }
+
+
+def huggingface_classes(config: Mapping[str, Any]) -> int:
+    """Return the number of classes of a `config.json` of transformers, which writes labels where they are not two."""
+    if "id2label" in config:
+        return len(config["id2label"])
+    return int(config.get("num_labels", 2))
+
+
+HUGGINGFACE = {"swin": _from_huggingface}

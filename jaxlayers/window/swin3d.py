@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxlayers.core import axes, reference, remat
+from jaxlayers.core import axes, dialects, reference, remat
 from jaxlayers.core.dtypes import at_least_float32, compute_dtype
 from jaxlayers.core.initializers import lecun_normal, truncated_normal, zeros
 from jaxlayers.core.labels import no_decay as no_decay
@@ -1051,17 +1051,44 @@ def from_reference(tensors: Mapping[str, Any], model: Swin3D, *, source: str = "
         else:
             # MinkowskiEngine stores [places, in, out]; PyTorch's layout is what is read below.
             plain[name] = np.asarray(value).transpose(2, 1, 0) if name == stem else value
-    kinds = 3 * len(model.quant_sizes)
-    scene = (
-        jax.ShapeDtypeStruct((1, 8, np.shape(tensors[stem])[1]), jnp.float32),
-        jax.ShapeDtypeStruct((1, 8, 3), jnp.int32),
-        jax.ShapeDtypeStruct((1, 8, kinds), jnp.float32),
-        jax.ShapeDtypeStruct((1, 8), jnp.bool_),
-    )
-    wanted = flax.traverse_util.flatten_dict(jax.eval_shape(model.init, jax.random.key(0), *scene))
+    scene = scene_inputs(model, np.shape(tensors[stem])[1])
+    wanted = flax.traverse_util.flatten_dict(dialects.shapes_of(model, scene))
     # A norm's statistics have names beside those of its parameters, so the collections are read as one tree.
     joined = flax.traverse_util.unflatten_dict({path[1:]: leaf for path, leaf in wanted.items()})
     # PyTorch's batch norms also count their batches.
     read = reference.read_reference(plain, joined, table, ignored=("num_batches_tracked",))
     found = flax.traverse_util.flatten_dict(read)
     return flax.traverse_util.unflatten_dict({path: found[path[1:]] for path in wanted})
+
+
+def scene_inputs(model: Swin3D, channels: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Return a small scene of voxels with so many features each."""
+    return (
+        jax.ShapeDtypeStruct((1, 8, channels), jnp.float32),
+        jax.ShapeDtypeStruct((1, 8, 3), jnp.int32),
+        jax.ShapeDtypeStruct((1, 8, 3 * len(model.quant_sizes)), jnp.float32),
+        jax.ShapeDtypeStruct((1, 8), jnp.bool_),
+    )
+
+
+def reference_inputs(model: Swin3D) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Return inputs of a small size, which show the shapes of a model's parameters."""
+    return scene_inputs(model, 3 * len(model.quant_sizes))
+
+
+DIALECTS = (
+    dialects.Dialect(
+        name="official",
+        origin="github.com/microsoft/Swin3D",
+        module=Swin3D,
+        read=dialects.from_variables(from_reference, source="official"),
+        marks=(r"^stem_layer\.conv_layers\.0\.kernel$", r"^layers\.0\.blocks\.0\.attn\.query_xyz_table$"),
+        ignored=dialects.COUNTED,
+        layout=dialects.table_layout(
+            REFERENCE_NAMES["official"],
+            shapes={"patch_embed/kernel": lambda model, ours: ours},
+            fused=dict.fromkeys(("qkv.query", "qkv.key", "qkv.value"), "qkv"),
+        ),
+        head="classifier.3.weight",
+    ),
+)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxlayers.core import axes, reference, remat
+from jaxlayers.core import axes, dialects, reference, remat
 from jaxlayers.core.dtypes import at_least_float32
 from jaxlayers.core.initializers import lecun_normal, truncated_normal, zeros
 from jaxlayers.core.labels import no_decay as no_decay
@@ -25,6 +25,7 @@ from jaxlayers.nn.patch_embed import PatchEmbed
 from jaxlayers.ops.halo import cut_windows, join_windows, map_split, window_mask, window_names
 from jaxlayers.ops.patches import crop, from_patches, pad_to_multiple, split_shape, to_blocks
 from jaxlayers.ops.windows import fit_window
+from jaxlayers.window import swin
 from jaxlayers.window.swin import SwinBlock, WindowAttention
 
 layer_norm = functools.partial(nn.LayerNorm, epsilon=1e-5)
@@ -597,13 +598,60 @@ def from_reference(tensors: Mapping[str, Any], model: SwinUNETR, *, source: str 
     table, channels = reference.choose_table(REFERENCE_NAMES, source, ours, "patch_embed/projection/kernel")
     stride = [length * 2 ** len(model.depths) for length in _tuple(model.patch_size, len(model.window_size))]
     volume = jax.ShapeDtypeStruct((1, *(2 * length for length in stride), channels), jnp.float32)
-    wanted = jax.eval_shape(model.init, jax.random.key(0), volume)["params"]
+    wanted = dialects.shapes_of(model, (volume,))["params"]
     return reference.read_reference(ours, wanted, table, ignored=("relative_position_index",))
 
 
 def _as_matrix(kernel: np.ndarray) -> np.ndarray:
     """Return a transposed convolution's kernel [in, out, *stride] as that of a linear layer [stride x out, in]."""
     return np.moveaxis(kernel, (0, 1), (-1, -2)).reshape(-1, len(kernel))
+
+
+def reference_inputs(model: SwinUNETR) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Return inputs of a small size, which show the shapes of a model's parameters."""
+    stride = [length * 2 ** len(model.depths) for length in _tuple(model.patch_size, len(model.window_size))]
+    return (jax.ShapeDtypeStruct((1, *(2 * length for length in stride), 1), jnp.float32),)
+
+
+def _their_point(model: SwinUNETR, ours: tuple[int, ...]) -> tuple[int, ...]:
+    return dialects.pointwise(len(model.window_size))(model, ours)
+
+
+def _their_patches(model: SwinUNETR, ours: tuple[int, ...]) -> tuple[int, ...]:
+    return dialects.patches(rank=len(model.window_size))(model, ours)
+
+
+def _their_upsampling(model: SwinUNETR, ours: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of a transposed convolution [in, out, *stride], whose stride is always 2 there."""
+    stride = (2,) * len(model.window_size)
+    return (ours[0], ours[1] // math.prod(stride), *stride)
+
+
+DIALECTS = (
+    dialects.Dialect(
+        name="monai",
+        origin="MONAI",
+        module=SwinUNETR,
+        read=dialects.from_params(from_reference, source="monai"),
+        marks=(r"^swinViT\.layers1\.0\.blocks\.0\.attn\.qkv\.", r"^decoder1\.transp_conv\.conv\.weight$"),
+        ignored=swin.COMPUTED,
+        layout=dialects.table_layout(
+            REFERENCE_NAMES["monai"],
+            shapes={
+                "patch_embed/projection/kernel": _their_patches,
+                "shortcut/kernel": _their_point,
+                "head/kernel": _their_point,
+                "upsample/kernel": _their_upsampling,
+            },
+            fused=dict.fromkeys(("attn.query", "attn.key", "attn.value"), "attn.qkv"),
+            rename=lambda name: re.sub(
+                r"^(swinViT\.layers|encoder|decoder)\.(\d)", lambda found: f"{found[1]}{int(found[2]) + 1}", name
+            ),
+        ),
+        # No first kernel is named, since three of them meet the volume.
+        head="out.conv.conv.weight",
+    ),
+)
 
 
 def _variant(size: int, channels: int, num_classes: int, rank: int = 3, **fields: Any) -> dict[str, Any]:

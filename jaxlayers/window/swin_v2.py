@@ -17,7 +17,7 @@ import numpy as np
 from flax.linen.initializers import constant
 from jaxtyping import Array, Bool, Float
 
-from jaxlayers.core import axes, labels, reference, remat
+from jaxlayers.core import axes, dialects, labels, reference, remat
 from jaxlayers.core.dtypes import at_least_float32
 from jaxlayers.core.initializers import truncated_normal, zeros
 from jaxlayers.core.pyramid import Level
@@ -808,6 +808,71 @@ def _split(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return found
 
 
+def reference_inputs(model: SwinV2) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Return inputs of the least size, which show the shapes of a model's parameters."""
+    return (jax.ShapeDtypeStruct((1, *swin._pair(model.patch_size), 3), jnp.float32),)
+
+
+def _with_key_bias(model: SwinV2, variables: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the fused biases of torchvision, which have a part for the keys that is zeroed where it is used."""
+    return {
+        f"features.{2 * stage + 1}.{block}.attn.qkv.bias": (3 * model.embed_dim * 2**stage,)
+        for stage, depth in enumerate(model.depths)
+        for block in range(depth)
+    }
+
+
+_SCALE = r"attn\.logit_scale$"
+# Name: where such files come from, marks, foreign names, fused projections, what else there is.
+_MARKS: Mapping[str, tuple[str, tuple[str, ...], tuple[str, ...], bool, Any]] = {
+    "timm": (
+        "timm from 0.9 on",
+        (rf"^layers\.\d+\.blocks\.0\.{_SCALE}",),
+        (r"^layers\.0\.downsample\.", r"^head\.weight$"),
+        True,
+        None,
+    ),
+    "official": (
+        "github.com/microsoft/Swin-Transformer, and timm before 0.9",
+        (rf"^layers\.\d+\.blocks\.0\.{_SCALE}", r"^layers\.0\.downsample\."),
+        (r"^head\.fc\.",),
+        True,
+        None,
+    ),
+    "torchvision": ("torchvision", (rf"^features\.1\.0\.{_SCALE}",), (), True, _with_key_bias),
+    "huggingface": (
+        "Hugging Face transformers",
+        (r"^swinv2\.encoder\..*attention\.self\.query\.",),
+        (r"^decoder\.",),
+        False,
+        None,
+    ),
+}
+DIALECTS = tuple(
+    dialects.Dialect(
+        name=name,
+        origin=origin,
+        module=SwinV2,
+        read=dialects.from_params(from_reference, source=name),
+        marks=marks,
+        foreign=foreign,
+        ignored=swin.COMPUTED,
+        layout=dialects.table_layout(
+            REFERENCE_NAMES[name],
+            shapes={
+                "patch_embed/projection/kernel": dialects.patches(),
+                "attention/logit_scale": dialects.with_ones(after=2),
+            },
+            fused=dict.fromkeys(("qkv.query", "qkv.key", "qkv.value"), "qkv") if fused else None,
+            extra=extra,
+        ),
+        head=f"{REFERENCE_NAMES[name]['head']}.weight",
+        stem=f"{REFERENCE_NAMES[name]['patch_embed/projection']}.weight",
+    )
+    for name, (origin, marks, foreign, fused, extra) in _MARKS.items()
+)
+
+
 def _variant(
     embed_dim: int,
     depths: tuple[int, ...],
@@ -854,3 +919,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
         )
     },
 }
+
+
+def _from_huggingface(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    fields = swin.huggingface_fields(config)
+    windows = tuple(config.get("pretrained_window_sizes", (0,) * len(fields["depths"])))
+    # Zero stands for "as the window".
+    return "swin_v2_tiny_window8_256", {
+        **fields,
+        "pretrained_window_size": tuple((size, size) for size in windows) if all(windows) else None,
+    }
+
+
+HUGGINGFACE = {"swinv2": _from_huggingface}

@@ -1,6 +1,7 @@
 """SwinFace: one Swin for many tasks, each of which weighs the channels of all stages for itself."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxlayers.core import reference
+from jaxlayers.core import dialects, reference
 from jaxlayers.core.dtypes import at_least_float32
 from jaxlayers.core.initializers import lecun_normal, truncated_normal, zeros
 from jaxlayers.core.safe import safe_normalize
@@ -478,11 +479,56 @@ def from_reference(tensors: Mapping[str, Any], model: SwinFace) -> dict[str, Any
     Raises:
       ValueError: if names or shapes of the tensors are not those of the model.
     """
-    size = model.backbone.patch_size
-    patch = (size, size) if isinstance(size, int) else tuple(size)
-    wanted = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, *patch, 3), jnp.float32))
+    wanted = dialects.shapes_of(model, reference_inputs(model))
     return reference.read_variables(reference.split_fused(tensors), wanted, REFERENCE_NAMES, ignored=_IGNORED)
 
+
+def reference_inputs(model: SwinFace) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Return inputs of the least size, which show the shapes of a model's parameters."""
+    return swin.reference_inputs(model.backbone)
+
+
+# The parts of the model, each in a state dict of its own in the published file.
+_APART = re.compile(r"^state_dict_(?=(?:backbone|fam|tss|om)\.)")
+
+
+def _from_parts(tensors: Mapping[str, Any], model: SwinFace) -> dict[str, Any]:
+    return from_reference({_APART.sub("", name): tensors[name] for name in tensors}, model)
+
+
+def _their_patches(model: SwinFace, ours: tuple[int, ...]) -> tuple[int, ...]:
+    return dialects.patches()(model.backbone, ours)
+
+
+def _dialect(name: str, origin: str, read: Callable[..., Any], before: str) -> dialects.Dialect:
+    return dialects.Dialect(
+        name=name,
+        origin=origin,
+        module=SwinFace,
+        read=dialects.from_variables(read),
+        marks=tuple(
+            rf"^{before}{part}\." for part in (r"backbone\.layers", r"fam\.nets", r"tss\.nets", r"om\.output_fcs")
+        ),
+        ignored={
+            **swin.COMPUTED,
+            **dialects.COUNTED,
+            rf"^{before}backbone\.head\.": "a classifier of the backbone that is not called",
+            r"^state_dict_softmax_fc\.": "the identities' classifier, which only training uses",
+            r"^state_(optimizer|lr_scheduler)\.|^(epoch|global_step|local_step)$": "the state of a training",
+        },
+        layout=dialects.table_layout(
+            REFERENCE_NAMES,
+            shapes={"patch_embed/projection/kernel": _their_patches},
+            fused=dict.fromkeys(("attn.query", "attn.key", "attn.value"), "attn.qkv"),
+            rename=lambda found: before + found,
+        ),
+    )
+
+
+DIALECTS = (
+    _dialect("official", "files of github.com/lxq1000/SwinFace", _from_parts, "state_dict_"),
+    _dialect("official_module", "state dict of the whole model of github.com/lxq1000/SwinFace", from_reference, ""),
+)
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "swinface": {

@@ -1,6 +1,7 @@
 """Transformer in Transformer: attention among the words of each patch, and among the patches."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxlayers.core import axes, reference, remat
+from jaxlayers.core import axes, dialects, reference, remat
 from jaxlayers.core.initializers import lecun_normal, truncated_normal, zeros
 from jaxlayers.core.labels import label
 from jaxlayers.core.labels import no_decay as no_decay
@@ -483,7 +484,7 @@ def from_reference(tensors: Mapping[str, Any], model: TNT, *, source: str) -> di
     """
     table, channels = reference.choose_table(REFERENCE_NAMES, source, tensors, "word_embed/kernel")
     image = jax.ShapeDtypeStruct((1, *_image_size(model), channels), jnp.float32)
-    wanted = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
+    wanted = dialects.shapes_of(model, (image,))["params"]
     split = reference.split_fused(tensors, "qk", ("query", "key"))
     words = table["word_position"]
     if words in split and np.ndim(split[words]) == 4:
@@ -491,6 +492,50 @@ def from_reference(tensors: Mapping[str, Any], model: TNT, *, source: str) -> di
         split[words] = np.moveaxis(np.asarray(split[words])[0], 0, -1).reshape(-1, np.shape(split[words])[1])
     # The official files keep the places of the patches' first tokens.
     return reference.read_reference(split, wanted, table, ignored=("outer_tokens",))
+
+
+def reference_inputs(model: TNT) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Return inputs, which show the shapes of a model's parameters."""
+    return (jax.ShapeDtypeStruct((1, *_image_size(model), 3), jnp.float32),)
+
+
+def _their_words(model: TNT, ours: tuple[int, ...]) -> tuple[int, ...]:
+    """Return timm's shape of the words' positions, a map of channels first."""
+    side = math.isqrt(ours[0])
+    return (1, ours[1], side, side)
+
+
+# Name: where such files come from, marks, words' positions.
+_MARKS: Mapping[str, tuple[str, tuple[str, ...], Any]] = {
+    "timm": ("timm", (r"^pixel_pos$", r"^blocks\.0\.attn_in\.qk\."), _their_words),
+    "official": (
+        "github.com/huawei-noah/Efficient-AI-Backbones",
+        (r"^inner_pos$", r"^blocks\.0\.inner_attn\.qk\."),
+        dialects.with_ones(before=1),
+    ),
+}
+DIALECTS = tuple(
+    dialects.Dialect(
+        name=name,
+        origin=origin,
+        module=TNT,
+        read=dialects.from_params(from_reference, source=name),
+        marks=marks,
+        ignored={r"^outer_tokens$": "zeros that the patches' tokens start from"},
+        layout=dialects.table_layout(
+            REFERENCE_NAMES[name],
+            shapes={
+                "word_position": words,
+                "class_token": dialects.with_ones(before=2),
+                "position_embedding": dialects.with_ones(before=1),
+            },
+            fused={"query": "qk", "key": "qk"},
+        ),
+        head="head.weight",
+        stem=f"{REFERENCE_NAMES[name]['word_embed']}.weight",
+    )
+    for name, (origin, marks, words) in _MARKS.items()
+)
 
 
 def _variant(embed_dim: tuple[int, int], outer_heads: int, *, legacy: bool = False) -> dict[str, Any]:

@@ -12,6 +12,7 @@ network does not have, so that one compiled program serves all architectures, se
 import dataclasses
 import functools
 import itertools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxlayers.core import axes, reference, remat
+from jaxlayers.core import axes, dialects, reference, remat
 from jaxlayers.core.initializers import lecun_normal, truncated_normal, zeros
 from jaxlayers.core.labels import no_decay as no_decay
 from jaxlayers.core.labels import pyramid_layer_ids
@@ -900,14 +901,7 @@ def from_reference(tensors: Mapping[str, Any], model: ViTResNAS, *, source: str 
       ValueError: if the source is unknown, or names or shapes of the tensors are not those of the model.
     """
     table, channels = reference.choose_table(REFERENCE_NAMES, source, tensors, "patch_embed/conv1/kernel")
-    places = [
-        name
-        for stage, heads in enumerate(model.num_heads)
-        for name in (
-            *([f"stages.{stage}.reduction"] if stage else []),
-            *(f"stages.{stage}.blocks.{index}" for index in range(len(heads))),
-        )
-    ]
+    places = _places(model)
     ours: dict[str, Any] = {}
     for name, tensor in tensors.items():
         start, _, rest = name.partition(".")
@@ -917,12 +911,67 @@ def from_reference(tensors: Mapping[str, Any], model: ViTResNAS, *, source: str 
         # A table of one place must keep its axis.
         ours[name] = np.asarray(tensor)[0] if name.endswith("pos_embed") else tensor
     image = jax.ShapeDtypeStruct((1, *_image_size(model), channels), jnp.float32)
-    wanted = jax.eval_shape(model.init, jax.random.key(0), image)
+    wanted = dialects.shapes_of(model, (image,))
     ignored = () if model.patch_output else _PATCH_HEAD
     return reference.read_variables(reference.split_fused(ours), wanted, table, ignored=ignored)
 
 
 _PATCH_HEAD = ("patch_head.weight", "patch_head.bias")
+
+
+def _places(model: ViTResNAS) -> list[str]:
+    """Return where the reference's list of blocks, numbered through, has its entries with us."""
+    return [
+        name
+        for stage, heads in enumerate(model.num_heads)
+        for name in (
+            *([f"stages.{stage}.reduction"] if stage else []),
+            *(f"stages.{stage}.blocks.{index}" for index in range(len(heads))),
+        )
+    ]
+
+
+def reference_inputs(model: ViTResNAS) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Return inputs, which show the shapes of a model's parameters."""
+    return (jax.ShapeDtypeStruct((1, *_image_size(model), 3), jnp.float32),)
+
+
+_staged_layout = dialects.table_layout(
+    REFERENCE_NAMES["official"],
+    shapes={"class_token": dialects.with_ones(before=2), "position_embedding": dialects.with_ones(before=1)},
+    fused=dict.fromkeys(("attn.query", "attn.key", "attn.value"), "attn.qkv"),
+)
+
+
+def _layout(model: ViTResNAS, variables: Mapping[str, Any]) -> dialects.Layout:
+    """Return shape by name, with the blocks numbered through."""
+    numbers = {place: number for number, place in enumerate(_places(model))}
+
+    def numbered(name: str) -> str:
+        start = re.match(r"stages\.\d+\.(?:reduction|blocks\.\d+)(?=\.)", name)
+        return f"blocks.{numbers[start[0]]}{name[start.end() :]}" if start else name
+
+    return {numbered(name): shape for name, shape in _staged_layout(model, variables).items()}
+
+
+def _left_out(model: ViTResNAS) -> dict[str, str]:
+    unused = {} if model.patch_output else {r"^patch_head\.": "the head of the patches; set patch_output to have it"}
+    return {**dialects.COUNTED, **unused}
+
+
+DIALECTS = (
+    dialects.Dialect(
+        name="official",
+        origin="github.com/yilunliao/vit-search",
+        module=ViTResNAS,
+        read=dialects.from_variables(from_reference, source="official"),
+        marks=(r"^patch_embed\.conv1\.conv\.weight$", r"^tokens$", r"^blocks\.\d+\.patch_reduce\."),
+        ignored=_left_out,
+        layout=_layout,
+        head="cls_head.weight",
+        stem="patch_embed.conv1.conv.weight",
+    ),
+)
 
 
 # The networks ---------------------------------------------------------------------------------------------------------

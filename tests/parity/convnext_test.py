@@ -9,6 +9,7 @@ import pytest
 
 from jaxlayers import summarize
 from jaxlayers.conv import ConvNeXt, GlobalResponseNorm, convnext
+from tests.reference_files import check_file, guessed
 
 torch = pytest.importorskip("torch")
 
@@ -190,6 +191,30 @@ def test_official_names_are_those_that_timm_converts(timm):
             names = [convnext.reference.reference_name(path, convnext.REFERENCE_NAMES[s]) for s in ("official", "timm")]
             tensor = tensors[names[1]]
             official[names[0]] = tensor[None, None, None] if ".grn." in names[0] else tensor
+        check_file({name: tensor.numpy() for name, tensor in official.items()}, model, "official")
         converted = timm.models.convnext.checkpoint_filter_fn(official, reference)
         assert set(converted) == set(tensors)
         assert all(torch.equal(converted[name].reshape(tensors[name].shape), tensors[name]) for name in tensors)
+
+
+def test_weights_go_back_to_their_references(timm, transformers, torchvision):
+    shape = {"depths": (2, 1, 2, 1), "widths": (12, 16, 20, 24)}
+    model = ConvNeXt(num_classes=7, **shape)
+    second = model.clone(layer_scale=None, response_norm=GlobalResponseNorm)
+    network = timm.models.convnext.ConvNeXt
+    plain = network(depths=shape["depths"], dims=shape["widths"], num_classes=7)
+    check_file(state(plain), model, "timm")
+    normed = network(depths=shape["depths"], dims=shape["widths"], num_classes=7, use_grn=True, ls_init_value=None)
+    check_file(state(normed), second, "timm")
+    for ours, version, name in ((model, "", "huggingface"), (second, "V2", "huggingface_v2")):
+        config = getattr(transformers, f"ConvNext{version}Config")(
+            num_labels=7, depths=list(shape["depths"]), hidden_sizes=list(shape["widths"])
+        )
+        check_file(state(getattr(transformers, f"ConvNext{version}ForImageClassification")(config)), ours, name)
+    parts = torchvision.models.convnext
+    stages = zip(shape["widths"], (*shape["widths"][1:], None), shape["depths"], strict=True)
+    reference = parts.ConvNeXt([parts.CNBlockConfig(*stage) for stage in stages], num_classes=7)
+    check_file(state(reference), model, "torchvision")
+    with torch.device("meta"):
+        named = timm.create_model("convnextv2_atto", num_classes=3)
+    assert guessed(named.state_dict()) == [("convnextv2_atto", "timm")]

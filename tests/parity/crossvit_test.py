@@ -9,6 +9,7 @@ import pytest
 
 from jaxlayers.core.reference import reference_name
 from jaxlayers.window import CrossViT, crossvit
+from tests.reference_files import check_file, guessed
 
 torch = pytest.importorskip("torch")
 
@@ -155,3 +156,23 @@ def test_official_names_are_those_that_timm_converts(small):
     converted = {name.replace(".", "_") if "pos_embed" in name or "cls_token" in name else name for name in names[0]}
     assert converted == names[1]
     assert {name for name in names[1] if ".attn." not in name} <= set(tensors)
+
+
+def test_weights_go_back_to_timm(timm, small):
+    reference, model = small
+    check_file(state(reference), model, "timm")
+    dagger = timm.models.crossvit.CrossVit(
+        img_size=60,
+        img_scale=(1.0, 0.8),
+        patch_size=(12, 16),
+        embed_dim=(16, 32),
+        depth=((1, 2, 0),),
+        num_heads=(2, 4),
+        num_classes=7,
+        mlp_ratio=(3, 3, 1),
+        multi_conv=True,
+    )
+    check_file(state(dagger), model.clone(num_encoders=1, conv_embed=True), "timm")
+    with torch.device("meta"):
+        named = timm.create_model("crossvit_9_dagger_240")
+    assert guessed(named.state_dict()) == [("crossvit_9_dagger_240", "timm")]

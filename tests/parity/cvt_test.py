@@ -8,6 +8,7 @@ import pytest
 
 from jaxlayers.nn.feed_forward import exact_gelu
 from jaxlayers.window import Cvt, cvt
+from tests.reference_files import check_file, guessed
 
 torch = pytest.importorskip("torch")
 
@@ -160,3 +161,11 @@ def test_training_mode_equals_huggingface_in_output_and_statistics(reference):
                 unbiased = 0.9 * old["var"] + (new["var"] - 0.9 * old["var"]) * count / (count - 1)
                 np.testing.assert_allclose(unbiased, theirs["var"], atol=1e-4)
                 assert np.abs(old["var"] - theirs["var"]).max() > 1e-3
+
+
+def test_weights_go_back_to_huggingface(transformers, reference):
+    check_file(state(reference), SMALL, "huggingface")
+    with torch.device("meta"):
+        named = transformers.CvtForImageClassification(transformers.CvtConfig(num_labels=21))
+    # Weights are alike for both sizes of images, and the classifier may be of other classes.
+    assert guessed(named.state_dict()) == [("cvt_13", "huggingface"), ("cvt_13_384", "huggingface")]

@@ -11,6 +11,7 @@ from jaxlayers.core.reference import reference_name
 from jaxlayers.window import hiera
 from jaxlayers.window.hiera import Hiera
 from jaxlayers.window.turbovit import TurboViT
+from tests.reference_files import check_file, guessed
 
 torch = pytest.importorskip("torch")
 
@@ -239,3 +240,25 @@ def test_turbovit_equals_timms_blocks(timm):
         num_heads=(2, 4, 8, 16),
     )
     compare(randomise(reference), model, images(64, 96))
+
+
+def test_weights_go_back_to_their_references(timm, transformers, pair):
+    check_file(state(pair[0]), SMALL, "timm")
+    shape = {"patch_stride": (2, 4, 4), "mask_unit_size": (1, 8, 8)}
+    reference = small_reference(
+        timm,
+        img_size=(6, 64, 32),
+        patch_kernel=(3, 7, 7),
+        patch_padding=(1, 3, 3),
+        q_stride=(1, 2, 2),
+        sep_pos_embed=True,
+        **shape,
+    )
+    check_file(state(reference), SMALL.clone(image_size=(6, 64, 32), patch_size=(3, 7, 7), **shape), "timm")
+    config = transformers.HieraConfig(
+        image_size=[64, 96], embed_dim=8, depths=[1, 2, 2, 1], num_heads=[2, 4, 8, 16], num_labels=7
+    )
+    check_file(state(transformers.HieraForImageClassification(config)), SMALL, "huggingface")
+    with torch.device("meta"):
+        named = timm.create_model("hiera_tiny_224", num_classes=10)
+    assert guessed(named.state_dict()) == [("hiera_tiny", "timm")]

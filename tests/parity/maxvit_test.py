@@ -10,6 +10,7 @@ import pytest
 from jaxlayers.summary import count_macs
 from jaxlayers.window import maxvit
 from jaxlayers.window.maxvit import MaxViT
+from tests.reference_files import check_file
 
 torch = pytest.importorskip("torch")
 
@@ -279,3 +280,7 @@ def test_cost_is_what_torch_counts(timm):
     print(found, counter.get_total_flops() / 2)
     # The rest is timm's, which gathers the bias by products with one-hot tables.
     assert 0.995 < found / (counter.get_total_flops() / 2) < 1.0
+
+
+def test_weights_go_back_to_timm(reference):
+    check_file(state(reference), SMALL, "timm")

@@ -7,6 +7,7 @@ import pytest
 
 from jaxlayers.window import SimMIM, Swin, SwinV2, simmim
 from tests.parity.swin_test import randomise, state, to_torch
+from tests.reference_files import check_file
 
 torch = pytest.importorskip("torch")
 
@@ -60,3 +61,14 @@ def test_another_mask_is_another_reconstruction(reference, found):
     x, masked, out = found
     other = np.moveaxis(theirs(reference, x, ~np.asarray(masked)).reconstruction.numpy(), 1, -1)
     assert np.abs(out - other).max() > 0.1
+
+
+def test_weights_go_back_to_huggingface(reference, kind):
+    check_file(state(reference), SimMIM(kind[0](num_classes=0, **SHAPE)), kind[2])
+
+
+def test_files_that_huggingface_writes_go_back(reference, kind, tmp_path):
+    safetensors = pytest.importorskip("safetensors.numpy")
+    reference.save_pretrained(tmp_path)
+    tensors = safetensors.load_file(tmp_path / "model.safetensors")
+    check_file(tensors, SimMIM(kind[0](num_classes=0, **SHAPE)), "huggingface")

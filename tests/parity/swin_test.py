@@ -9,6 +9,7 @@ import pytest
 
 from jaxlayers.ops.resample import cubic_matrix, resample_patch_kernel, resample_relative_table
 from jaxlayers.window import Swin, swin
+from tests.reference_files import check_file, guessed
 
 torch = pytest.importorskip("torch")
 
@@ -164,6 +165,7 @@ def test_official_names_are_those_that_timm_converts(timm):
     paths = flax.traverse_util.flatten_dict(params, sep="/")
     official = {swin.reference_name(path, "official"): tensors[swin.reference_name(path, "timm")] for path in paths}
     assert "layers.0.downsample.reduction.weight" in official
+    check_file({name: tensor.numpy() for name, tensor in official.items()}, SMALL, "official")
     converted = timm.models.swin_transformer.checkpoint_filter_fn(official, reference)
     assert set(converted) == set(tensors)
     assert all(torch.equal(converted[name], tensors[name]) for name in tensors)
@@ -225,3 +227,22 @@ def test_a_resized_network_equals_one_resized_by_torch(timm):
     params = swin.resize(swin.from_reference(state(reference), model, source="timm"), model, target)
     logits, _ = run(target, params, images(48, 48))
     assert_close(logits, larger(to_torch(images(48, 48))))
+
+
+def test_weights_go_back_to_their_references(timm, torchvision, huggingface):
+    shape = {"embed_dim": 16, "depths": (2, 3), "num_heads": (2, 4), "num_classes": 7}
+    network = timm.models.swin_transformer.SwinTransformer
+    check_file(state(network(img_size=40, window_size=5, **shape)), SMALL, "timm")
+    check_file(state(huggingface), SMALL, "huggingface_5")
+    network = torchvision.models.swin_transformer.SwinTransformer
+    reference = network(patch_size=[4, 2], window_size=[5, 4], **{**shape, "depths": [2, 3], "num_heads": [2, 4]})
+    check_file(state(reference), SMALL.clone(patch_size=(4, 2), window_size=(5, 4)), "torchvision")
+    with torch.device("meta"):
+        named = timm.create_model("swin_tiny_patch4_window7_224", num_classes=3)
+    assert guessed(named.state_dict()) == [("swin_tiny", "timm")]
+
+
+def test_files_that_huggingface_writes_go_back(huggingface, tmp_path):
+    safetensors = pytest.importorskip("safetensors.numpy")
+    huggingface.save_pretrained(tmp_path)
+    check_file(safetensors.load_file(tmp_path / "model.safetensors"), SMALL, "huggingface")

@@ -14,6 +14,7 @@ from jaxlayers.ops.sliding_window import sliding_window
 from jaxlayers.window import swin_unetr
 from jaxlayers.window.swin_unetr import SwinUNETR
 from tests.parity.maxvit_test import assert_close, randomise, state, to_torch
+from tests.reference_files import check_file
 
 torch = pytest.importorskip("torch")
 
@@ -185,3 +186,12 @@ def test_sliding_window_equals_monai(mode, space, size, overlap):
     error = np.abs(np.asarray(found) - channels_last(expected)).max()
     print(f"max |error| {error:.1e}")
     assert error < 1e-5
+
+
+def test_weights_go_back_to_monai(monai):
+    volumes = (jax.ShapeDtypeStruct((1, 64, 64, 64, 2), jnp.float32),)
+    check_file(state(small(monai)), SMALL, "monai", inputs=volumes)
+    # Two axes, and convolutions before the stages.
+    plane = SMALL.clone(window_size=SMALL.window_size[:2], stage_convolutions=True)
+    reference = small(monai, rank=2, version2=True)
+    check_file(state(reference), plane, "monai", inputs=(jax.ShapeDtypeStruct((1, 64, 64, 2), jnp.float32),))

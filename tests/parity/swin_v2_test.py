@@ -10,6 +10,7 @@ import pytest
 import jaxlayers
 from jaxlayers.core.reference import reference_name
 from jaxlayers.window import SwinV2, swin_v2
+from tests.reference_files import check_file, guessed
 
 torch = pytest.importorskip("torch")
 
@@ -245,6 +246,34 @@ def test_official_names_are_those_that_timm_converts(timm):
         ]
         official[names[0]] = tensors[names[1]]
     assert "layers.0.downsample.reduction.weight" in official
+    check_file({name: tensor.numpy() for name, tensor in official.items()}, SMALL, "official")
     converted = timm.models.swin_transformer_v2.checkpoint_filter_fn(official, reference)
     assert set(converted) == set(tensors)
     assert all(torch.equal(converted[name], tensors[name]) for name in tensors)
+
+
+def test_weights_go_back_to_their_references(timm, torchvision, huggingface):
+    network = timm.models.swin_transformer_v2.SwinTransformerV2
+    check_file(state(network(img_size=40, window_size=5, num_classes=7, **SHAPE)), SMALL, "timm")
+    check_file(state(huggingface), SMALL, "huggingface")
+    parts = torchvision.models.swin_transformer
+    reference = parts.SwinTransformer(
+        patch_size=[4, 2],
+        embed_dim=16,
+        depths=[2, 3],
+        num_heads=[2, 4],
+        window_size=[5, 4],
+        num_classes=7,
+        block=parts.SwinTransformerBlockV2,
+        downsample_layer=parts.PatchMergingV2,
+    )
+    tensors = state(reference)
+    for name in tensors:
+        if name.endswith("attn.qkv.bias"):
+            # Its middle third, for the keys, is zeroed where it is used, and comes back as zeros.
+            third = len(tensors[name]) // 3
+            tensors[name] = np.concatenate([tensors[name][:third], np.zeros(third, np.float32), tensors[name][-third:]])
+    check_file(tensors, SMALL.clone(patch_size=(4, 2), window_size=(5, 4)), "torchvision")
+    with torch.device("meta"):
+        named = timm.create_model("swinv2_tiny_window8_256", num_classes=3)
+    assert ("swin_v2_tiny_window8_256", "timm") in guessed(named.state_dict())

@@ -9,6 +9,7 @@ import pytest
 
 from jaxlayers.core.reference import reference_name
 from jaxlayers.window import TNT, tnt
+from tests.reference_files import check_file, guessed
 
 torch = pytest.importorskip("torch")
 
@@ -124,3 +125,12 @@ def test_official_names_are_those_that_timm_converts(timm):
     converted = timm.models.tnt.checkpoint_filter_fn(official, reference)
     assert set(converted) == set(tensors)
     assert all(torch.equal(converted[name], tensors[name]) for name in tensors)
+
+
+def test_weights_go_back_to_timm(timm):
+    for legacy in (False, True):
+        reference = small_reference(timm, (48, 32), legacy=legacy)
+        check_file(state(reference), TNT(image_size=(48, 32), legacy=legacy, **SHAPE), "timm")
+    with torch.device("meta"):
+        named = timm.create_model("tnt_s_legacy_patch16_224")
+    assert guessed(named.state_dict()) == [("tnt_small_legacy", "timm")]
