@@ -81,6 +81,11 @@ ROWS = (
     Row("crossvit_9_240", "timm:crossvit_9_240"),
     Row("tnt_small_legacy", "timm:tnt_s_legacy_patch16_224"),
     Row("hiera_tiny", "timm:hiera_tiny_224"),
+    Row(
+        "hiera_base",
+        "transformers:HieraForImageClassification",
+        (("num_labels", 10), ("embed_dim", 32), ("depths", (1, 2, 3, 1))),
+    ),
     Row("maxvit_tiny", "timm:maxvit_tiny_tf_224"),
     Row(
         "swin_unetr_small",

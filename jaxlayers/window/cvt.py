@@ -744,3 +744,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
     }.items()
     for suffix, size in (("", 224), ("_384", 384))
 }
+
+
+def _from_huggingface(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    alike = {key: set(config.get(key, (default,))) for key, default in (("mlp_ratio", 4.0), ("stride_kv", 2))}
+    if any(len(values) > 1 for values in alike.values()):
+        raise ValueError(f"config.json has {alike}, which must be alike in all stages; it is another model")
+    labels = config.get("id2label")
+    return "cvt_13", {
+        "num_classes": len(labels) if labels is not None else int(config.get("num_labels", 2)),
+        "patch_size": tuple(config.get("patch_sizes", (7, 3, 3))),
+        "strides": tuple(config.get("patch_stride", (4, 2, 2))),
+        "embed_dim": tuple(config.get("embed_dim", (64, 192, 384))),
+        "depths": tuple(config.get("depth", (1, 2, 10))),
+        "num_heads": tuple(config.get("num_heads", (1, 3, 6))),
+        "drop_path_rate": tuple(config.get("drop_path_rate", (0.0, 0.0, 0.1))),
+        "mlp_ratio": alike["mlp_ratio"].pop(),
+        "kv_stride": alike["stride_kv"].pop(),
+    }
+
+
+HUGGINGFACE = {"cvt": _from_huggingface}

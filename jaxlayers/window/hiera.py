@@ -1000,3 +1000,26 @@ VARIANTS: dict[str, dict[str, Any]] = {
     **{f"hiera_{name}": _variant(*shape) for name, shape in _SHAPES.items()},
     **{f"hiera_{name}_16x224": _variant(*_SHAPES[name], video=True) for name in ("base", "base_plus", "large", "huge")},
 }
+
+
+def _from_huggingface(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    labels, attention = config.get("id2label"), config.get("masked_unit_attention", (True, True, False, False))
+    local = sum(bool(one) for one in attention)
+    if not all(attention[:local]):
+        raise ValueError(f"config.json has masked_unit_attention={attention}, which must begin with all that are true")
+    return "hiera_base", {
+        "num_classes": len(labels) if labels is not None else int(config.get("num_labels", 2)),
+        "image_size": tuple(config.get("image_size", (224, 224))),
+        "patch_size": tuple(config.get("patch_size", (7, 7))),
+        "patch_stride": tuple(config.get("patch_stride", (4, 4))),
+        "embed_dim": config.get("embed_dim", 96),
+        "depths": tuple(config.get("depths", (2, 3, 16, 3))),
+        "num_heads": config.get("num_heads", (1, 2, 4, 8))[0],
+        "mask_unit_size": tuple(config.get("masked_unit_size", (8, 8))),
+        "local_stages": local,
+        "mlp_ratio": config.get("mlp_ratio", 4.0),
+        "drop_path_rate": config.get("drop_path_rate", 0.0),
+    }
+
+
+HUGGINGFACE = {"hiera": _from_huggingface}

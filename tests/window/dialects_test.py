@@ -4,6 +4,8 @@ import functools
 
 import pytest
 
+from jaxlayers import create_model, pretrained
+from jaxlayers.core import dialects
 from jaxlayers.window.att_swin_unet import AttSwinUNet, CrossContextualAttention
 from jaxlayers.window.axial_resnet import AxialResNet
 from jaxlayers.window.crossvit import CrossViT
@@ -175,3 +177,22 @@ THERE_AND_BACK = {
 def test_there_and_back(case):
     model, name, beside = THERE_AND_BACK[case]
     check_dialect(model, name, beside=beside)
+
+
+def test_configs_of_hugging_face_name_the_model():
+    for config, module in (({"model_type": "cvt"}, Cvt), ({"model_type": "hiera"}, Hiera)):
+        name, fields = pretrained.from_huggingface(config)
+        model = create_model(name, **fields)
+        assert type(model) is module
+        # What it omits is what transformers has by default.
+        published = create_model(name)
+        shapes = [
+            dialects.shapes_of(one, pretrained.default_inputs(one))
+            for one in (model.clone(num_classes=1000), published)
+        ]
+        assert shapes[0] == shapes[1]
+        assert model.num_classes == 2
+    with pytest.raises(ValueError, match="must begin with all that are true"):
+        pretrained.from_huggingface({"model_type": "hiera", "masked_unit_attention": [False, True]})
+    with pytest.raises(ValueError, match="must be alike in all stages"):
+        pretrained.from_huggingface({"model_type": "cvt", "stride_kv": [2, 1]})
