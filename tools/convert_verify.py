@@ -87,9 +87,15 @@ def verify(
         raise ValueError(f"--verify needs {package} and PyTorch ({error}); install them, or leave it out") from error
     theirs = _made(package, name, model, found, config, inputs)
     state = {name.removeprefix(found.report.prefix): tensors[name] for name in found.report.converted}
-    missing, unexpected = theirs.load_state_dict(
-        {name: torch.from_numpy(np.array(value, np.float32)) for name, value in state.items()}, strict=False
-    )
+    weights = {name: torch.from_numpy(np.array(value, np.float32)) for name, value in state.items()}
+    if package == "transformers":
+        # Names in its files are not always those in memory.
+        theirs, notes = type(theirs).from_pretrained(
+            None, config=theirs.config, state_dict=weights, output_loading_info=True
+        )
+        missing, unexpected = sorted(notes["missing_keys"]), sorted(notes["unexpected_keys"])
+    else:
+        missing, unexpected = theirs.load_state_dict(weights, strict=False)
     computed = found.dialect.reasons(missing, model)
     missing = [name for name in missing if name not in computed]
     if missing or unexpected:
