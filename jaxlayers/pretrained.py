@@ -299,9 +299,9 @@ def guess(tensors: Tensors) -> tuple[tuple[str, Dialect], ...]:
             except ValueError:
                 continue
             left = {key: shape for key, shape in inner.items() if key not in dialect.reasons(list(inner), model)}
-            head = dialect.head.rpartition(".")[0] if dialect.head else None
+            heads = {head.rpartition(".")[0] for head in dialect.heads}
             if set(left) == set(expected) and all(
-                _squeezed(shape) == _squeezed(expected[key]) or (head is not None and key.rpartition(".")[0] == head)
+                _squeezed(shape) == _squeezed(expected[key]) or key.rpartition(".")[0] in heads
                 for key, shape in left.items()
             ):
                 found.append((name, dialect))
@@ -453,15 +453,18 @@ def _fit(
     replaced: dict[str, Any] = {}
     new: dict[str, str] = {}
     shapes = dict(shapes)
-    head = dialect.head
-    if head in expected and head in shapes and shapes[head] != expected[head]:
+    for head in dialect.heads:
+        if head not in expected or head not in shapes or shapes[head] == expected[head]:
+            continue
         reason = f"the classifier of {shapes[head][0]} classes begins anew for {expected[head][0]}"
         for name in (head, f"{head.rpartition('.')[0]}.bias"):
             if name in shapes and name in expected:
                 shapes[name], replaced[name], new[name] = expected[name], None, reason
-        notes.append(reason)
-    stem = dialect.stem
-    if stem in expected and stem in shapes and shapes[stem] != expected[stem]:
+        if reason not in notes:
+            notes.append(reason)
+    for stem in dialect.stems:
+        if stem not in expected or stem not in shapes or shapes[stem] == expected[stem]:
+            continue
         old, wanted = shapes[stem], expected[stem]
         if (old[0], *old[2:]) == (wanted[0], *wanted[2:]):
             notes.append(f"the first kernel for {old[1]} channels is spread over {wanted[1]}, its response kept")

@@ -143,8 +143,8 @@ def _made(
     config: Mapping[str, Any],
     inputs: Sequence[Any] | None,
 ) -> Any:
-    head = found.dialect.head
-    classes = {"num_classes": found.layout[head][0]} if head in found.layout else {}
+    heads = [head for head in found.dialect.heads if head in found.layout]
+    classes = {"num_classes": found.layout[heads[0]][0]} if heads else {}
     if package == "timm":
         return importlib.import_module("timm").create_model(name, pretrained=False, **classes)
     if package == "torchvision":

@@ -57,8 +57,8 @@ class Dialect:
         or a function of the model that returns them.
       layout: from a model and the shapes of its variables, shape by name of the tensors that the reference has; `None`
         where a file of the reference must show it.
-      head: name of the weight of the classifier, whose first axis is the classes.
-      stem: name of the weight whose second axis is the input's channels.
+      head: name of the weight of the classifier, whose first axis is the classes; several where there are several.
+      stem: name of the weight whose second axis is the input's channels; several where there are several.
       one_way: why the reference's values cannot be given back exactly; empty where they can.
     """
 
@@ -70,9 +70,19 @@ class Dialect:
     foreign: tuple[str, ...] = ()
     ignored: Mapping[str, str] | Callable[[Any], Mapping[str, str]] = dataclasses.field(default_factory=dict)
     layout: Callable[[Any, Mapping[str, Any]], Layout] | None = None
-    head: str = ""
-    stem: str = ""
+    head: str | tuple[str, ...] = ()
+    stem: str | tuple[str, ...] = ()
     one_way: str = ""
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Names of the weights of the classifiers."""
+        return (self.head,) if isinstance(self.head, str) else self.head
+
+    @property
+    def stems(self) -> tuple[str, ...]:
+        """Names of the weights that the input meets first."""
+        return (self.stem,) if isinstance(self.stem, str) else self.stem
 
     def fits(self, names: Sequence[str]) -> bool:
         """Return whether names are those of such a file: all marks, nothing foreign."""

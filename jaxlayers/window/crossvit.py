@@ -580,6 +580,9 @@ DIALECTS = tuple(
             },
             fused=dict.fromkeys(("attn.query", "attn.key", "attn.value"), "attn.qkv"),
         ),
+        head=("head.0.weight", "head.1.weight"),
+        # One convolution, or the first of several.
+        stem=tuple(f"patch_embed.{branch}.proj{place}weight" for branch in (0, 1) for place in (".", ".0.")),
     )
     for name, origin, place in (("timm", "timm", "_"), ("official", "github.com/IBM/CrossViT", r"\."))
 )

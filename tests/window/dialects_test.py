@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import pytest
 
 from jaxlayers import create_model, pretrained
@@ -26,7 +27,7 @@ from jaxlayers.window.swin_v2 import SwinV2
 from jaxlayers.window.swinface import SwinFace
 from jaxlayers.window.tnt import TNT
 from jaxlayers.window.vit_resnas import ViTResNAS
-from tests.round_trip import check_dialect
+from tests.round_trip import as_tensors, check_dialect, random_tensors
 
 ENCODER = {"num_classes": 0, "embed_dim": 8, "depths": (1, 1), "num_heads": (2, 2), "window_size": 3}
 CROSS = CrossViT(
@@ -196,3 +197,15 @@ def test_configs_of_hugging_face_name_the_model():
         pretrained.from_huggingface({"model_type": "hiera", "masked_unit_attention": [False, True]})
     with pytest.raises(ValueError, match="must be alike in all stages"):
         pretrained.from_huggingface({"model_type": "cvt", "stride_kv": [2, 1]})
+
+
+def test_both_classifiers_and_both_stems_of_crossvit_are_fitted():
+    layout = pretrained.layout_of(CROSS, pretrained.find_dialect(None, CROSS, "timm"))
+    grey = tuple(jax.ShapeDtypeStruct((*x.shape[:-1], 1), x.dtype) for x in pretrained.default_inputs(CROSS))
+    wide = CROSS.clone(num_classes=CROSS.num_classes + 2)
+    found = pretrained.convert_tensors(as_tensors(random_tensors(layout)), wide, inputs=grey)
+    assert len(found.report.changed) == 3, "classes once for both, a kernel for each"
+    fresh = [path for path in found.report.fresh if path.endswith("kernel")]
+    assert len(fresh) == 2
+    shapes = dialects.shapes_of(wide, grey)
+    assert jax.tree.map(lambda leaf: leaf.shape, dict(found.variables)) == jax.tree.map(lambda leaf: leaf.shape, shapes)
