@@ -55,7 +55,7 @@ test-all: $(VENV)/.test parity
 test-tpu: $(VENV)-tpu/.ready
 	$(CPU) TPU_SKIP_MDS_QUERY=1 TPU_ACCELERATOR_TYPE=v5litepod-16 TPU_WORKER_HOSTNAMES=localhost \
 	ALLOW_MULTIPLE_LIBTPU_LOAD=1 $(VENV)-tpu/bin/python -m pytest -m tpu tests/conformance_test.py tests/train/recompute_test.py \
-	tests/window/spatial_test.py tests/kernels
+	tests/window/spatial_test.py tests/kernels tests/tools/plan_test.py
 
 parity: $(VENV)/.parity
 	$(CPU) $(BIN)/python -m pytest tests/parity -n $(WORKERS) --dist loadfile

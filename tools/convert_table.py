@@ -26,8 +26,8 @@ from tools import convert
 
 # Measured by `python -m tools.bench_convert` (Python 3.11, JAX 0.10.2, two cores).
 MEMORY = (
-    "reading 994 MB of Swin weights\n  into a folder held 1.17 times that at most, writing the reference's layout about "
-    "four times."
+    "reading 994 MB of Swin weights\n  into a folder held 1.17 times that at most, writing the reference's layout "
+    "about four times."
 )
 LAYOUTS = Path(__file__).parents[1] / "tests" / "golden" / "layouts"
 

@@ -10,6 +10,7 @@ computations, and the TPU compiler's own forms: a reduce-scatter as a fusion `al
 collective that is drawn out over several fusions, which is counted once.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -65,7 +66,7 @@ def collectives(compiled: Any, mesh: Mesh) -> list[Collective]:
       ValueError: if the text is not that of an HLO module, or a replica group is spelt in an unknown way.
     """
     text = compiled if isinstance(compiled, str) else compiled.as_text()
-    computations, entry = _computations(text)
+    computations, entry = read(text)
     if entry is None:
         raise ValueError("the text has no ENTRY computation; pass the text of a compiled program (compiled.as_text())")
     found: list[Collective] = []
@@ -112,7 +113,18 @@ def totals(found: Sequence[Collective]) -> dict[tuple[str, tuple[str, ...]], int
 
 
 @dataclasses.dataclass(frozen=True)
-class _Instruction:
+class Instruction:
+    """One line of a computation.
+
+    Attributes:
+      name: its name, without `%`.
+      result: dtype, shape and layout of the result, or a tuple of them.
+      opcode: what it does.
+      operands: what stands between its brackets.
+      rest: everything after them: attributes, metadata, the back end's config.
+      computation: name of the computation that it stands in.
+    """
+
     name: str
     result: str
     opcode: str
@@ -126,9 +138,9 @@ _HEADER = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) (?:\(.*\) -> .* )?
 _ARRAY = re.compile(r"\b(pred|token|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
 
 
-def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str | None]:
-    """Return the instructions of every computation, and the name of the entry."""
-    computations: dict[str, list[_Instruction]] = {}
+def read(text: str) -> tuple[dict[str, list[Instruction]], str | None]:
+    """Return the instructions of every computation of an HLO module, in order, and the name of the entry."""
+    computations: dict[str, list[Instruction]] = {}
     entry = name = None
     for line in text.splitlines():
         header = _HEADER.match(line)
@@ -147,7 +159,7 @@ def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str | None]
     return computations, entry
 
 
-def _split(name: str, rest: str, computation: str) -> _Instruction | None:
+def _split(name: str, rest: str, computation: str) -> Instruction | None:
     """Cut `f32[2]{0} add(%a, %b), metadata=...` in result, opcode, operands and the rest."""
     end = _closing(rest) if rest.startswith("(") else rest.find(" ")
     head = re.match(r" ?([\w-]+)\(", rest[end:]) if end > 0 else None
@@ -155,7 +167,7 @@ def _split(name: str, rest: str, computation: str) -> _Instruction | None:
         return None
     start = end + head.end() - 1
     stop = start + _closing(rest[start:])
-    return _Instruction(name, rest[:end], head[1], rest[start + 1 : stop - 1], rest[stop:], computation)
+    return Instruction(name, rest[:end], head[1], rest[start + 1 : stop - 1], rest[stop:], computation)
 
 
 def _closing(text: str) -> int:
@@ -169,13 +181,13 @@ def _closing(text: str) -> int:
 
 
 def _walk(
-    computations: Mapping[str, list[_Instruction]], name: str, count: int | None
-) -> Iterator[tuple[_Instruction, int | None]]:
+    computations: Mapping[str, list[Instruction]], name: str, count: int | None
+) -> Iterator[tuple[Instruction, int | None]]:
     """Yield every instruction that runs, with the number of times."""
     for instruction in computations.get(name, ()):
         yield instruction, count
         if instruction.opcode == "while":
-            trips = _trip_count(instruction.rest)
+            trips = turns(instruction, computations)
             inner = None if trips is None or count is None else count * trips
             for key in ("body", "condition"):
                 called = re.search(rf"\b{key}=%?([\w.-]+)", instruction.rest)
@@ -187,19 +199,19 @@ def _walk(
                     yield _named_after(called_instruction, instruction), times
 
 
-def _named_after(instruction: _Instruction, caller: _Instruction) -> _Instruction:
+def _named_after(instruction: Instruction, caller: Instruction) -> Instruction:
     """Return an instruction that has lost its name in the program, as in some fusions, with that of its caller."""
     if "op_name=" in instruction.rest:
         return instruction
     return dataclasses.replace(instruction, rest=instruction.rest + _op_name(caller))
 
 
-def _op_name(instruction: _Instruction) -> str:
+def _op_name(instruction: Instruction) -> str:
     found = re.search(r'op_name="(?:[^"\\]|\\.)*"', instruction.rest)
     return f", {found[0]}" if found else ""
 
 
-def _called(instruction: _Instruction) -> Iterator[str]:
+def _called(instruction: Instruction) -> Iterator[str]:
     if instruction.opcode.endswith(("-update", "-done")):
         return  # the rest of what `-start` has begun
     one = r"\b(?:calls|to_apply|true_computation|false_computation)=%?([\w.-]+)"
@@ -208,19 +220,65 @@ def _called(instruction: _Instruction) -> Iterator[str]:
         yield from (name.strip().lstrip("%") for name in several.split(","))
 
 
-def _trip_count(rest: str) -> int | None:
-    start = rest.find("backend_config={")
-    if start < 0:
+def turns(loop: Instruction, computations: Mapping[str, list[Instruction]]) -> int | None:
+    """Return the turns of a `while`: what the compiler says, else those of a counter; `None` where neither tells.
+
+    A counter begins at a constant, is compared with one by the condition and has one added by the body, as that of a
+    JAX loop. Programs for TPU have it without the compiler's number.
+    """
+    start = loop.rest.find("backend_config={")
+    if start >= 0:
+        with contextlib.suppress(json.JSONDecodeError):
+            config = json.JSONDecoder().raw_decode(loop.rest[start + len("backend_config=") :])[0]
+            known = config.get("known_trip_count", {}).get("n")
+            if known is not None:
+                return int(known)
+    parts = [computations.get(_attribute(loop, key), []) for key in ("condition", "body")]
+    tests, steps = ({each.name: each for each in part} for part in parts)
+    outside = {each.name: each for each in computations.get(loop.computation, ())}
+    root = parts[0][-1] if parts[0] else None
+    if root is None or root.opcode != "compare" or "direction=LT" not in root.rest or not parts[1]:
         return None
-    try:
-        config = json.JSONDecoder().raw_decode(rest[start + len("backend_config=") :])[0]
-    except json.JSONDecodeError:
+    counter, bound = (tests.get(name) for name in _names(root.operands))
+    index = None if counter is None else re.search(r"\bindex=(\d+)", counter.rest)
+    end = _constant(bound, tests)
+    if index is None or end is None:
         return None
-    trips = config.get("known_trip_count", {}).get("n")
-    return None if trips is None else int(trips)
+    first = outside.get(_names(loop.operands)[0])
+    begin = _constant(_element(first, int(index[1]), outside), outside)
+    after = _element(parts[1][-1], int(index[1]), steps)
+    if begin is None or after is None or after.opcode != "add":
+        return None
+    added = [_constant(steps.get(name), steps) for name in _names(after.operands)]
+    by = next((number for number in added if number is not None), None)
+    return None if not by else max(0, -((begin - end) // by))
 
 
-def _kind(instruction: _Instruction) -> str | None:
+def _attribute(instruction: Instruction, key: str) -> str:
+    found = re.search(rf"\b{key}=%?([\w.-]+)", instruction.rest)
+    return found[1] if found else ""
+
+
+def _names(operands: str) -> list[str]:
+    return re.findall(r"%([\w.-]+)", operands)
+
+
+def _element(made: Instruction | None, index: int, among: Mapping[str, Instruction]) -> Instruction | None:
+    """Return what stands at a place of a tuple."""
+    if made is None or made.opcode != "tuple":
+        return None
+    names = _names(made.operands)
+    return among.get(names[index]) if index < len(names) else None
+
+
+def _constant(made: Instruction | None, among: Mapping[str, Instruction]) -> int | None:
+    """Return the whole number that an instruction is, or a copy of."""
+    while made is not None and made.opcode in ("copy", "bitcast"):
+        made = among.get(_names(made.operands)[0])
+    return int(made.operands) if made is not None and re.fullmatch(r"-?\d+", made.operands) else None
+
+
+def _kind(instruction: Instruction) -> str | None:
     kind = instruction.opcode.removesuffix("-start")
     if kind == "ragged-all-to-all":
         return "all-to-all"
@@ -229,7 +287,7 @@ def _kind(instruction: _Instruction) -> str | None:
     return kind if kind in KINDS else None
 
 
-def _payload(instruction: _Instruction, kind: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
+def _payload(instruction: Instruction, kind: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
     """Return the arrays that `Collective.bytes` counts.
 
     Results are annotated with their shapes; operands need not be. A `-start` of a gather or permute returns operands

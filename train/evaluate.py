@@ -55,11 +55,16 @@ def evaluation_step(model: nn.Module, task: Task) -> Callable[[Any, Any, Batch],
     return step
 
 
-def compile_evaluation(step: Callable[..., dict[str, Any]], params: Any, collections: Any, mesh: Mesh) -> Any:
-    """Return `step` jitted over `mesh` for parameters and collections placed as the given (abstract) ones."""
+def jit_evaluation(step: Callable[..., dict[str, Any]], params: Any, collections: Any, mesh: Mesh) -> Any:
+    """Return the jitted function of `compile_evaluation`, to be called or lowered under `mesh.use`."""
     places = jax.tree.map(lambda leaf: leaf.sharding, (params, collections))
     # The batch stays where it was put.
-    jitted = jax.jit(step, in_shardings=(*places, None), out_shardings=meshes.replicated(mesh))
+    return jax.jit(step, in_shardings=(*places, None), out_shardings=meshes.replicated(mesh))
+
+
+def compile_evaluation(step: Callable[..., dict[str, Any]], params: Any, collections: Any, mesh: Mesh) -> Any:
+    """Return `step` jitted over `mesh` for parameters and collections placed as the given (abstract) ones."""
+    jitted = jit_evaluation(step, params, collections, mesh)
 
     def call(params: Any, collections: Any, batch: Batch) -> dict[str, Any]:
         with meshes.use(mesh):

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from jaxlayers.summary import count_macs
 from jaxlayers.testing import EquivarianceCurve
-from train import data, evaluate, guard, hardware, optim, progress, transfer
+from train import data, evaluate, guard, hardware, program, progress, transfer
 from train import mesh as meshes
 from train import state as states
 from train import step as steps
@@ -237,22 +237,10 @@ def prepare(config: Config, devices: Sequence[jax.Device] | None = None) -> Plan
         not measure, or whatever the model refuses about its inputs.
     """
     mesh = meshes.build(config.mesh, devices)
-    meshes.check_batch_size("batch_size", config.batch_size, mesh)
-    if config.accumulate > 1:
-        if config.batch_size % config.accumulate:
-            raise ValueError(
-                f"batch_size={config.batch_size} must be divisible by accumulate={config.accumulate}; set either"
-            )
-        meshes.check_batch_size("batch_size / accumulate", config.batch_size // config.accumulate, mesh)
-    if config.eval_batch_size is not None:
-        meshes.check_batch_size("eval_batch_size", config.eval_batch_size, mesh)
-    transform, learning_rate = optim.build(config.optim, config.steps)
-    create = states.creator(config.model, config.task, transform, config.seed, ema=config.ema_decay is not None)
+    program.check_sizes(config, mesh)
     example = meshes.put_batch(_first(_train_batches(config, mesh, 0)), mesh)
-    with meshes.use(mesh):
-        shapes = jax.eval_shape(create, example)
-    abstract = steps.abstract(shapes, meshes.shardings(shapes, mesh, config.mesh.rules))
-    evaluation_step = evaluate.evaluation_step(config.model, config.task)
+    built = program.build(config, mesh, example)
+    abstract = built.abstract
     plan = Plan(
         config=config,
         mesh=mesh,
@@ -266,16 +254,20 @@ def prepare(config: Config, devices: Sequence[jax.Device] | None = None) -> Plan
         ),
         example=example,
         abstract=abstract,
-        create=create,
-        train_step=steps.train_step(config, transform, learning_rate),
-        evaluation_step=evaluate.compile_evaluation(evaluation_step, abstract.evaluated, abstract.collections, mesh),
+        create=built.create,
+        train_step=built.train_step,
+        evaluation_step=evaluate.compile_evaluation(
+            built.evaluation_step, abstract.evaluated, abstract.collections, mesh
+        ),
     )
     if config.metric is not None:
         if config.test_data is None:
             raise ValueError(f"metric={config.metric!r} ranks by the test set; set test_data, or metric=None")
         sample = meshes.put_batch(_first(plan.test_batches(config.test_data, workers=0)), mesh)
         with meshes.use(mesh):
-            names = evaluate.metric_names(evaluation_step, abstract.params, abstract.collections, sample, config.task)
+            names = evaluate.metric_names(
+                built.evaluation_step, abstract.params, abstract.collections, sample, config.task
+            )
         if config.metric not in names:
             raise ValueError(f"metric={config.metric!r} is not measured by the task; set metric to one of {names}")
     return plan
