@@ -170,7 +170,7 @@ def convert_tensors(
     for pattern in allow:
         _compiled(pattern)
     if isinstance(tensors, Tensors) and tensors.metadata.get("format") == "jax":
-        return _own(tensors, model, allow, dtype)
+        return _own(tensors, model, allow, dtype, inputs)
     known = [one for one in list_dialects() if one.module is type(model) and dialect in (None, one.name)]
     prefix, outside = _dialects.unwrap(list(tensors), lambda names: any(one.fits(names) for one in known))
     inner = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
@@ -547,16 +547,33 @@ def _resized(read: dict[str, Any], source: nn.Module, model: nn.Module) -> tuple
     return read, f"resized: {', '.join(differ) or 'nothing'}"
 
 
-def _own(tensors: Tensors, model: nn.Module, allow: Sequence[str], dtype: Any) -> Pretrained:
+def _own(
+    tensors: Tensors, model: nn.Module, allow: Sequence[str], dtype: Any, inputs: Sequence[Any] | None
+) -> Pretrained:
     """Read one of our own files, whose names are our paths with dots."""
     flat: dict[str, Any] = {}
     for name in tensors:
-        is_params = not name.startswith("collections.")
-        path = f"params/{name}" if is_params else name.removeprefix("collections.")
+        path = name.removeprefix("collections.") if name.startswith("collections.") else f"params/{name}"
         value = jnp.asarray(tensors[name])
-        flat[path.replace(".", "/")] = (
-            value.astype(dtype) if dtype is not None and jnp.issubdtype(value.dtype, jnp.floating) else value
-        )
+        cast = dtype is not None and jnp.issubdtype(value.dtype, jnp.floating)
+        flat[path.replace(".", "/")] = value.astype(dtype) if cast else value
     own = Dialect(name="jaxlayers", origin="this library", module=type(model), read=lambda *_: {}, marks=())
-    report = Report("jaxlayers", "", {path: [path] for path in flat}, {}, {}, ())
+    converted = {path: [path] for path in flat}
+    left_out: dict[str, str] = {}
+    fresh: dict[str, str] = {}
+    shown = default_inputs(model, inputs)
+    if shown is not None:
+        wanted = flax.traverse_util.flatten_dict(_dialects.shapes_of(model, shown), sep="/")
+        expected = {path: tuple(leaf.shape) for path, leaf in wanted.items()}
+        found = {path: tuple(value.shape) for path, value in flat.items()}
+        if inputs is None:
+            # Inputs that were not given may have other channels than those that the weights are for.
+            expected = {path: found.get(path, shape) for path, shape in expected.items()}
+        _, left_out, fresh = _account(own, expected, found, allow, model)
+        if fresh:
+            start = flax.traverse_util.flatten_dict(_initial(model, shown), sep="/")
+            flat |= {path: start[path] for path in fresh}
+        flat = {path: value for path, value in flat.items() if path not in left_out}
+        converted = {path: [path] for path in converted if path not in left_out}
+    report = Report("jaxlayers", "", converted, left_out, fresh, ())
     return Pretrained(flax.traverse_util.unflatten_dict(flat, sep="/"), report, own, {})

@@ -156,7 +156,8 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         tensors,
         model,
         dialect=None if own else options.dialect,
-        inputs=inputs,
+        # Our own files say their channels themselves.
+        inputs=None if own and options.channels is None else inputs,
         source=source,
         allow=options.allow,
         dtype=options.dtype,

@@ -31,6 +31,42 @@ MEMORY = (
 )
 LAYOUTS = Path(__file__).parents[1] / "tests" / "golden" / "layouts"
 
+# References whose own code was run once: repository and commit of the arrays below tests/golden.
+STORED = {
+    "AttSwinUNet": "NITR098/AttSwinUNet 4b14f37",
+    "AxialResNet": "csrhddlam/axial-deeplab 79088ed",
+    "DAGNN": "divelab/DeeperGNN ad7fba8",
+    "DRCT": "ming053l/DRCT c0a8b51",
+    "DeepRC": "ml-jku/DeepRC 108d08d",
+    "EGNN": "vgsatorras/egnn e9ca6c0",
+    "EnergyTransformerBlock": "bhoov/energy-transformer-jax f01e90c",
+    "FrameGNN": "omri1348/Frame-Averaging 9de18e1",
+    "GTA": "autonomousvision/gta 1dcbd37",
+    "Hopfield": "ml-jku/hopfield-layers f56f929",
+    "HopfieldLayer": "ml-jku/hopfield-layers f56f929",
+    "Hopular": "ml-jku/hopular 3e0c39f",
+    "LieResNet": "mfinzi/LieConv 93affb1",
+    "Maxim": "google-research/maxim 3c82651",
+    "PPGN": "omri1348/Equivariant-Polynomaials 8262feb",
+    "PaRotClassifier": "dingxin-zhang/PaRot c0b5905",
+    "PaRotSegmenter": "dingxin-zhang/PaRot c0b5905",
+    "RISurConvClassifier": "cszyzhang/RISurConv 27c48dd",
+    "RISurConvSegmenter": "cszyzhang/RISurConv 27c48dd",
+    "RMT": "qhfan/RMT 32ea214",
+    "RePAST": "autonomousvision/gta 1dcbd37",
+    "SE3Assembly": "crtie/Leveraging-SE-3-Equivariance-for-Learning-3D-Geometric-Shape-Assembly 7061d09",
+    "SetTransformer": "juho-lee/set_transformer 73432c6",
+    "SheafDiffusion": "twitter-research/neural-sheaf-diffusion 11e21b5",
+    "ShiftViT": "microsoft/SPACH dcede1e",
+    "Swin3D": "microsoft/Swin3D 4184679",
+    "SwinFace": "lxq1000/SwinFace 2770479",
+    "VNDGCNN": "FlyingGiraffe/vnn f3197e2",
+    "VNDGCNNSegmentation": "FlyingGiraffe/vnn f3197e2",
+    "VNPointNet": "FlyingGiraffe/vnn f3197e2",
+    "VNPointNetSegmentation": "FlyingGiraffe/vnn f3197e2",
+    "ViTResNAS": "yilunliao/vit-search 303e7c3",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -193,26 +229,26 @@ def _made(row: Row) -> Any:
 
 def document(rows: Sequence[tuple[Row, Outcome]]) -> str:
     """Return the page."""
-    ran = {}
+    ran: dict[tuple[str, str], list[tuple[Row, Outcome]]] = {}
     for row, outcome in rows:
         module = pretrained.class_of(row.model).__name__
-        ran[module, outcome.dialect] = (row, outcome)
+        ran.setdefault((module, outcome.dialect), []).append((row, outcome))
     lines = []
     for dialect in pretrained.list_dialects():
         module = dialect.module.__name__
         back = "no: " + dialect.one_way if dialect.one_way else "yes" if dialect.layout else "with `--like`"
         cells = [module, dialect.name, dialect.origin]
-        if (module, dialect.name) in ran:
-            row, outcome = ran[module, dialect.name]
-            version = importlib.metadata.version(row.package)
-            name = row.reference.partition(":")[2]
-            cells += [
-                f"{row.package} {version}, `{name}`, {outcome.tensors} tensors, {outcome.kind}",
+        for row, outcome in ran.get((module, dialect.name), ()):
+            name = f"{row.package} {importlib.metadata.version(row.package)}, `{row.reference.partition(':')[2]}`"
+            found = [
+                f"{name}, {outcome.tensors} tensors, {outcome.kind}",
                 f"{outcome.absolute:.1e} ({outcome.relative:.1e})",
                 "bit for bit" if outcome.back else "differs",
             ]
-        else:
-            cells += [_layout_source(module, dialect.name), "", back]
+            lines.append("| " + " | ".join([*cells, *found]) + " |")
+        if (module, dialect.name) in ran:
+            continue
+        cells += [_layout_source(module, dialect.name), "", back]
         lines.append("| " + " | ".join(cells) + " |")
     return TEMPLATE.format(memory=MEMORY, table="\n".join(lines))
 
@@ -223,8 +259,9 @@ def _layout_source(module: str, dialect: str) -> str:
     for path in sorted(LAYOUTS.glob("*.txt")):
         stem = path.stem.split(f"_{dialect}")[0]
         if f"_{dialect}" in path.stem and re.sub(r"[^a-z0-9]", "", stem) == word:
-            return "names and shapes: " + path.read_text().splitlines()[0].lstrip("# ")
-    return ""
+            origin = path.read_text().splitlines()[0].lstrip("# ").split()
+            return f"names and shapes of {origin[0]} {origin[1][:7]}"
+    return f"stored arrays of {STORED[module]}" if module in STORED else ""
 
 
 TEMPLATE = """# Conversion of checkpoints
@@ -265,8 +302,8 @@ python -m tools.convert run swin/ program/ --to stablehlo                # also 
 
 One line for each model and reference. Where a package has the reference, it was made there with random weights, saved
 as the package saves it, and taken there and back by the command: the error is the largest difference of the output,
-and in brackets the largest of any stage relative to its largest value. For the others the parity of the layers is in
-the tests of the model, and names and shapes were compared with those of the named code where the table says so.
+and in brackets the largest of any stage relative to its largest value. For the others the parity of outputs is in the
+tests of the model, and names, shapes and the way back were compared with what the named code, run once, had left.
 `python -m tools.convert_table --out docs/conversion.md` draws this page.
 
 | model | reference | files come from | run or compared with | error | back |

@@ -111,6 +111,18 @@ def test_every_tensor_is_accounted_for(tmp_path, run, weights):
     assert run("wrong.safetensors", "other", "--allow", "nothing")[0] == 1
 
 
+def test_our_own_files_are_accounted_for_too(tmp_path, run, official):
+    assert run(official, "ours")[0] == 0
+    with pytest.raises(ValueError, match=r"unexpected \['params/head/bias', 'params/head/kernel'\]"):
+        load_pretrained(MODEL.clone(num_classes=0), tmp_path / "ours")
+    with pytest.raises(ValueError, match=r"missing \['params/stages_1/blocks_1/"):
+        load_pretrained(MODEL.clone(depths=(1, 2)), tmp_path / "ours")
+    with pytest.raises(ValueError, match="of another shape"):
+        load_pretrained(MODEL.clone(num_classes=5), tmp_path / "ours", inputs=IMAGE)
+    deeper = load_pretrained(MODEL.clone(depths=(1, 2)), tmp_path / "ours", allow=["stages_1/blocks_1/"])
+    np.testing.assert_array_equal(deeper["params"]["stages_1"]["blocks_1"]["norm1"]["scale"], np.ones(16))
+
+
 def test_a_dry_run_writes_nothing(tmp_path, run, official):
     before = sorted(tmp_path.iterdir())
     assert run(official, "ours", "--dry-run")[0] == 0
