@@ -3,7 +3,10 @@
 import ctypes
 import gc
 import os
+import re
 import sys
+import time
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Eight devices; and code that compiles soon rather than runs fast, where nothing is said of either. At level 0 some
@@ -26,6 +29,7 @@ MEMORY = 3 * 2**30  # bytes a worker may hold
 
 def pytest_addoption(parser):
     parser.addoption("--regenerate-golden", action="store_true", help="rewrite the stored parameter trees")
+    parser.addoption("--costs", metavar="FILE", help="append seconds of the processor and name of every test to a file")
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -34,12 +38,35 @@ def pytest_ignore_collect(collection_path, config):
     return True if collection_path.name == "parity" and not asked else None
 
 
+LONG = frozenset((Path(__file__).parent / "long.txt").read_text().splitlines())
+# Tests of tools that train networks for their tables.
+TRAINING = re.compile(
+    r"tests/tools/(\w+_table|heterophily|molecules|rotated_\w+|hopfield_figures|symmetry_report)_test\.py"
+)
+
+
 def pytest_collection_modifyitems(items):
-    """Leave to the extended suite the counts of all variants of a family but the first: tracing them takes long."""
+    """Leave to the extended suite what takes long: every test of `long.txt`, the tables of tools, and counts.
+
+    `long.txt` has the names of tests that took more than 3 seconds of a processor when they were last measured, by
+    `pytest --costs FILE`. Of the counts of a family's variants the first is made by default: tracing them takes long.
+    """
     for item in items:
         name = getattr(item, "originalname", "") or ""
-        if name.startswith("test_variants_have_") and hasattr(item, "callspec") and any(item.callspec.indices.values()):
+        counts = name.startswith("test_variants_have_") and hasattr(item, "callspec")
+        if item.nodeid in LONG or TRAINING.match(item.nodeid) or (counts and any(item.callspec.indices.values())):
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    begin = time.process_time()
+    result = yield
+    costs = item.config.getoption("--costs")
+    if costs:
+        with open(costs, "a") as file:
+            file.write(f"{time.process_time() - begin:.2f}\t{item.nodeid}\n")
+    return result
 
 
 def pytest_xdist_make_scheduler(config, log):

@@ -137,12 +137,22 @@ def parameter_tree(case: Case) -> str:
 
 def check_parameters(case: Case, stored: str) -> None:
     """Check that the parameter tree, which is the checkpoint contract, is the stored one, and that it can be made."""
+    check_tree(case, stored)
+    check_output(case)
+
+
+def check_output(case: Case) -> None:
+    """Check that the parameters can be made and that the output is finite."""
+    _assert_finite(case.output, f"{case.name}: output")
+
+
+def check_tree(case: Case, stored: str) -> None:
+    """Check that the parameter tree, which is the checkpoint contract, is the stored one, from shapes alone."""
     found = parameter_tree(case)
     if found != stored:
         gone = sorted(set(stored.splitlines()) - set(found.splitlines()))
         new = sorted(set(found.splitlines()) - set(stored.splitlines()))
         raise AssertionError(f"{case.name}: the parameter tree changed; gone {gone}; new {new}")
-    _assert_finite(case.output, f"{case.name}: output")
 
 
 def check_part(case: Case, whole: Case) -> None:
