@@ -25,8 +25,8 @@ from jaxlayers.equivariant.vn_dgcnn import VNDGCNN, VNDGCNNEncoder, VNDGCNNSegme
 from jaxlayers.equivariant.vn_pointnet import VNPointNet, VNPointNetSegmentation
 from jaxlayers.geometry.cameras import Views
 from tests.equivariant.vector_neurons_test import reference_weights
-from tests.hopfield.dialects_test import as_tensors, check_reference, shaped, stored
-from tests.round_trip import check_dialect
+from tests.reference_files import check_file, shaped, stored
+from tests.round_trip import as_tensors, check_dialect
 
 BATCH_NORM = {"norm": functools.partial(nn.BatchNorm, use_running_average=True, epsilon=1e-5)}
 PLUS = functools.partial(PPGNBlock, extended=True)
@@ -93,7 +93,7 @@ STORED = {
 @pytest.mark.parametrize("case", STORED)
 def test_weights_of_the_references_there_and_back(case):
     model, name, inputs, file, prefix = STORED[case]
-    check_reference(stored(file, prefix), model, name, inputs=inputs)
+    check_file(stored(file, prefix), model, name, inputs=inputs)
     if case != "lie_conv":  # which has biases that must be zero
         check_dialect(model, name, inputs=inputs, beside=("gcl_0.coords_range",) if "egnn" in case else ())
 
@@ -169,7 +169,7 @@ LARGE = {
 def test_vector_neurons_of_the_reference_size_there_and_back(case):
     own = "shapes" if case == "se3_assembly" else case
     shapes = json.loads(str(stored("se3_assembly" if own == "shapes" else "vector_neurons", "")["shapes"]))
-    check_reference(reference_weights(shapes if own == "shapes" else shapes[case]), LARGE[case](), "official")
+    check_file(reference_weights(shapes if own == "shapes" else shapes[case]), LARGE[case](), "official")
 
 
 RINGS = (Level(24, 6, 32), Level(16, 7, 64), Level(12, 8, 128), Level(9, 9, 256))
@@ -198,7 +198,7 @@ def test_networks_of_listed_tensors_there_and_back(case):
     rng = np.random.default_rng(0)
     tensors = {name: rng.random(tuple(map(int, sizes.split(","))), np.float32) for name, sizes in lines}
     inputs = shaped(*((1, points, 3),) * clouds, *((1, size) for size in category))
-    check_reference(tensors, model, "official", inputs=inputs, written=without_unused_rows)
+    check_file(tensors, model, "official", inputs=inputs, written=without_unused_rows)
 
 
 def test_turned_features_are_refused():

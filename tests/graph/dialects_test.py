@@ -10,7 +10,7 @@ import pytest
 
 from jaxlayers.graph.dagnn import DAGNN
 from jaxlayers.graph.sheaf_diffusion import MAPS, SheafDiffusion
-from tests.hopfield.dialects_test import check_reference, shaped, stored
+from tests.reference_files import check_file, shaped, stored
 from tests.round_trip import check_dialect
 
 ENDS = jax.ShapeDtypeStruct((40,), jnp.int32)
@@ -20,7 +20,7 @@ GRAPH = (*shaped((12, 7)), ENDS, ENDS)
 def test_dagnn_there_and_back():
     model = DAGNN(num_classes=4, features=9, depth=12)
     check_dialect(model, "official", inputs=GRAPH)
-    check_reference(stored("dagnn", "weights/"), model, "official", inputs=GRAPH)
+    check_file(stored("dagnn", "weights/"), model, "official", inputs=GRAPH)
 
 
 @pytest.mark.parametrize("kind", [*MAPS, "once"])
@@ -35,7 +35,7 @@ def test_sheaf_diffusion_there_and_back(kind):
         rows, columns = np.tril_indices(model.stalk_size)
         return np.where((rows == columns)[:, None], 0, tensor)
 
-    check_reference(
+    check_file(
         stored("sheaf_diffusion", f"{kind}/weights/"), model, "official", inputs=GRAPH, written=without_diagonals
     )
     if kind != "cayley":

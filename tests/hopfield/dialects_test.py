@@ -3,10 +3,7 @@
 The references' tensors are those of the golden files, whose own tests say how they were made.
 """
 
-from pathlib import Path
-
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,44 +14,12 @@ from jaxlayers.hopfield.energy_transformer import EnergyTransformerBlock
 from jaxlayers.hopfield.hopfield import Hopfield, HopfieldLayer, HopfieldPooling
 from jaxlayers.hopfield.hopular import Hopular, hopular_lookup
 from jaxlayers.hopfield.tabular import CategoricalColumn, ContinuousColumn, TableSchema
+from tests.reference_files import check_file, shaped, stored
 from tests.round_trip import as_tensors, check_dialect
 
 NO_NORMS = {"state_norm": None, "stored_norm": None, "value_norm": None}
 NUMBER = ContinuousColumn()
 SCHEMA = TableSchema((NUMBER, CategoricalColumn(3), NUMBER, CategoricalColumn(2), CategoricalColumn(3)))
-
-
-def shaped(*shapes):
-    return tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
-
-
-def stored(file, prefix):
-    """Return the arrays of a golden file below a prefix."""
-    with np.load(Path(__file__).parents[1] / "golden" / f"{file}_parity.npz") as arrays:
-        return {name.removeprefix(prefix): arrays[name] for name in arrays.files if name.startswith(prefix)}
-
-
-def check_reference(tensors, model, name, *, inputs=None, written=lambda name, tensor: tensor):
-    """Check that tensors of a reference are recognised, that their layout is known, and that they come back exactly.
-
-    Args:
-      tensors: a state dict of the reference.
-      model: ours with the same fields.
-      name: of the dialect.
-      inputs: see `Dialect.read`.
-      written: what of a tensor comes back, the rest of it being of no use.
-    """
-    assert [(one.module, one.name) for one in pretrained.recognise(tensors)] == [(type(model), name)]
-    found = pretrained.convert_tensors(as_tensors(tensors), model, inputs=inputs)
-    kept = {name: tensor for name, tensor in tensors.items() if name not in found.report.ignored}
-    layout = found.dialect.layout(model, found.variables)
-    assert {name: tuple(shape) for name, shape in layout.items()} == {name: x.shape for name, x in kept.items()}
-    if found.dialect.one_way:
-        return
-    back = pretrained.to_reference(model, found.variables, name, inputs=inputs)
-    assert set(back) == set(kept)
-    for name, tensor in kept.items():
-        np.testing.assert_array_equal(back[name], written(name, tensor), err_msg=name)
 
 
 HOPFIELD = {
@@ -79,7 +44,7 @@ def test_hopfield_layers_there_and_back(case):
         inputs = [inputs[1], inputs[0], inputs[2]]
     tensors = stored("hopfield", f"{case}/parameter/")
     check_dialect(model, name, inputs=inputs)
-    check_reference(tensors, model, name, inputs=inputs)
+    check_file(tensors, model, name, inputs=inputs)
 
 
 def test_biases_of_unprojected_values_are_written_as_zeros():
@@ -117,7 +82,7 @@ OTHERS = {
 def test_models_there_and_back(case):
     model, inputs, beside, tensors = OTHERS[case]
     check_dialect(model, "official", inputs=inputs, beside=beside)
-    check_reference(tensors, model, "official", inputs=inputs)
+    check_file(tensors, model, "official", inputs=inputs)
 
 
 def test_the_variant_of_a_checkpoint_is_told():
