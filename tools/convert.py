@@ -8,6 +8,7 @@ folder that this command or `tools.export` wrote, and writes
     orbax      an Orbax checkpoint of the variables
     msgpack    what `flax.serialization.from_bytes` reads
     stablehlo  the model as a program for any batch size, with its weights beside it
+    onnx       the model with its weights for ONNX Runtime and others, for any batch size (`jaxlayers[onnx]`)
 
 Exit codes: 0 done, 1 refused (the message says what is wrong and what to do), 2 a wrong argument, 3 not verified.
 """
@@ -77,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         "--was", action="append", default=[], metavar="FIELD=VALUE", help="a field as the checkpoint has it, to resize"
     )
     command.add_argument("--channels", type=int, help="channels of the input (default: the model's)")
-    command.add_argument("--image-size", type=int, help="side of the input, for stablehlo and --verify")
+    command.add_argument("--image-size", type=int, help="side of the input, for stablehlo, onnx and --verify")
     command.add_argument("--dialect", help="the reference (default: told by the names; with --to reference, whose)")
     command.add_argument("--like", type=Path, help="a file of the reference, whose layout is written")
     command.add_argument("--to", choices=sorted(convert_write.WRITERS), default="folder")

@@ -7,6 +7,7 @@ whole command of `tools.convert` and back, and run beside ours on random input.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib
 import importlib.metadata
 import io
@@ -18,11 +19,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
+import jaxlayers
 from jaxlayers import pretrained
 from jaxlayers.files import open_tensors
-from tools import convert
+from tools import convert, convert_write
 
 # Measured by `python -m tools.bench_convert` (Python 3.11, JAX 0.10.2, two cores).
 MEMORY = (
@@ -250,7 +253,8 @@ def document(rows: Sequence[tuple[Row, Outcome]]) -> str:
             continue
         cells += [_layout_source(module, dialect.name), "", back]
         lines.append("| " + " | ".join(cells) + " |")
-    return TEMPLATE.format(memory=MEMORY, table="\n".join(lines))
+    programs = "\n".join(f"| {name} | {size} | {program(name, size)} |" for name, size in PROGRAMS.items())
+    return TEMPLATE.format(memory=MEMORY, table="\n".join(lines), programs=programs)
 
 
 def _layout_source(module: str, dialect: str) -> str:
@@ -283,12 +287,13 @@ python -m tools.convert run weights.pth swin10/ --model swin_tiny \\
     --set num_classes=10 --set window_size=8 --was window_size=7
 python -m tools.convert run swin/ back.safetensors --to reference        # bit for bit what was read
 python -m tools.convert run swin/ timm.safetensors --to reference --dialect timm
-python -m tools.convert run swin/ program/ --to stablehlo                # also orbax, msgpack
+python -m tools.convert run swin/ program/ --to stablehlo                # also orbax, msgpack, onnx
 ```
 
 - **Formats read**: safetensors, PyTorch (`.pth`, `.pt`, `.bin`, zip or older) without PyTorch and without running what
   a file holds, `.npz`, Flax msgpack, indexes of several files, folders of Hugging Face (`config.json` picks the model)
-  and our own, Orbax checkpoints of variables. HDF5 is not read, ONNX is not written.
+  and our own, Orbax checkpoints of variables. HDF5 is not
+  read: no reference of these models exists only so.
 - **Accounting**: every tensor is converted, ignored by a rule that states its reason, or stops the conversion unless
   `--allow` names it. `--report` writes all of it as JSON. A classifier of another size begins anew, a first kernel for
   other channels is fitted, windows and images are resized from what `--was` says; each is reported.
@@ -309,7 +314,45 @@ tests of the model, and names, shapes and the way back were compared with what t
 | model | reference | files come from | run or compared with | error | back |
 | --- | --- | --- | --- | --- | --- |
 {table}
+
+## ONNX
+
+`--to onnx` writes one file for any batch size by jax2onnx (`pip install jaxlayers[onnx]`), and only if ONNX Runtime
+then gives the model's outputs on random input. With random weights, by the same command as the table above:
+
+| model | side of the image | largest difference, relative to the largest output |
+| --- | --- | --- |
+{programs}
 """
+
+PROGRAMS = {
+    "swin_tiny": 224,
+    "swin_v2_tiny_window8_256": 256,
+    "convnext_tiny": 224,
+    "hiera_tiny": 224,
+    "maxvit_tiny": 224,
+    "cvt_13": 224,
+    "crossvit_tiny_240": 240,
+    "tnt_small": 224,
+    "shiftvit_tiny": 224,
+    "rmt_tiny": 224,
+}
+"""Models that are written as ONNX -> side of their image."""
+
+
+def program(name: str, size: int) -> str:
+    """Return how far the ONNX program of a model with random weights is from it, or why there is none."""
+    model = jaxlayers.create_model(name)
+    image = np.zeros((1, size, size, 3), np.float32)
+    variables = jax.jit(model.init)(jax.random.key(0), image)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            error = convert_write.save_onnx(
+                Path(folder) / "model.onnx", name, functools.partial(model.apply, variables), [image.shape[1:]]
+            )
+        except ValueError as refusal:
+            return f"not taken: `{refusal.__cause__!r}`"
+    return f"{error:.1e}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -23,6 +23,8 @@ from jaxlayers import files, pretrained
 from train import export
 
 Written = Callable[[int], None]
+PROGRAM_TOLERANCE = 1e-3
+"""Largest difference of an exported program's outputs, relative to the largest output."""
 _PROGRESS = "progress.json"
 
 
@@ -138,12 +140,69 @@ def write_stablehlo(job: Job, written: Written) -> None:
     _atomically(job.out, save)
 
 
+def write_onnx(job: Job, written: Written) -> None:
+    """Write the model with its weights as ONNX, for any batch size, once ONNX Runtime gives the same outputs."""
+    if job.inputs is None:
+        raise ValueError(f"{job.name} must have known inputs to be exported as a program; use another --to")
+    shapes = [leaf.shape[1:] for leaf in _full_inputs(job)]
+
+    def save(path: Path) -> None:
+        error = save_onnx(path, job.name, lambda *inputs: job.model.apply(job.found.variables, *inputs), shapes)
+        if not error < PROGRAM_TOLERANCE:
+            raise ValueError(f"ONNX Runtime must give the outputs of {job.name}, differs by {error:.1g} of them")
+        written(path.stat().st_size)
+
+    _atomically(job.out, save)
+
+
+def save_onnx(path: Path, name: str, call: Callable[..., Any], shapes: Sequence[tuple[int, ...]]) -> float:
+    """Save a function of float32 arrays as ONNX for any batch size, run it, and return its error on random inputs.
+
+    Args:
+      path: of the file.
+      name: of the program.
+      call: returns arrays in any tree.
+      shapes: of the inputs, without the batch.
+
+    Returns:
+      The largest difference of an output of ONNX Runtime, relative to the largest value of that output.
+
+    Raises:
+      ValueError: if the exporter is not installed or cannot take the function.
+    """
+    try:
+        import jax2onnx
+        import onnxruntime
+    except ImportError as error:
+        raise ValueError(f"--to onnx needs `pip install jaxlayers[onnx]`: {error}") from error
+
+    def listed(*inputs: Any) -> list[Any]:
+        return jax.tree.leaves(call(*inputs))
+
+    try:
+        # As a value: the exporter's own file keeps large weights in a second one, under the name of the first.
+        program = jax2onnx.to_onnx(listed, [("batch", *shape) for shape in shapes], model_name=name)
+    except (NotImplementedError, TypeError, KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(f"jax2onnx must be able to take {name}; use another --to: {error!r}") from error
+    if program.ByteSize() >= 2**31:
+        raise ValueError(f"ONNX holds less than 2 GiB in a file, {name} has more; use another --to")
+    path.write_bytes(program.SerializeToString())
+    rng = np.random.default_rng(0)
+    inputs = [rng.standard_normal((2, *shape), np.float32) for shape in shapes]
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    found = session.run(None, {each.name: array for each, array in zip(session.get_inputs(), inputs, strict=True)})
+    wanted = jax.jit(listed)(*inputs)
+    errors = [np.abs(one - two).max() / max(np.abs(two).max(), 1e-6) for one, two in zip(found, wanted, strict=True)]
+    return float(max(errors))
+
+
 WRITERS: Mapping[str, Callable[[Job, Written], None]] = {
     "folder": write_folder,
     "reference": write_reference,
     "msgpack": write_msgpack,
     "orbax": write_orbax,
     "stablehlo": write_stablehlo,
+    "onnx": write_onnx,
 }
 
 

@@ -277,7 +277,7 @@ class ConvAttention(nn.Module):
             raise ValueError(
                 f"input must have the {tokens} tokens of size={tuple(size)}, or one more; got shape {x.shape}; set size"
             )
-        first, rest = jnp.split(x, [x.shape[-2] - tokens], axis=-2)
+        first, rest = _split_token(x, tokens)
         grid = rest.reshape(*x.shape[:-2], *size, features)
         dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         dense = functools.partial(nn.Dense, features, kernel_init=self.kernel_init, bias_init=self.bias_init, **dtypes)
@@ -287,7 +287,7 @@ class ConvAttention(nn.Module):
                 self.kernel_size, stride=stride, circular=self.circular, name=f"{name}_projection", **dtypes
             )(grid, deterministic=deterministic)
             local = local.reshape(*x.shape[:-2], -1, features)
-            joined = jnp.concatenate([first.astype(local.dtype), local], axis=-2)
+            joined = local if first is None else jnp.concatenate([first.astype(local.dtype), local], axis=-2)
             return axes.constrain_heads(split_heads(dense(name=name)(joined), self.num_heads))
 
         def attend(module: nn.Module, query: Array, key: Array, value: Array) -> Array:
@@ -594,8 +594,13 @@ class _Stage(nn.Module):
         for index, rate in enumerate(self.rates):
             block = self.block(drop_path_rate=rate, name=f"blocks_{index}")
             x = remat.remat_block(call, self.remat)(block, x)
-        first, x = jnp.split(x, [int(self.class_token)], axis=-2)
-        return axes.constrain_map(x.reshape(grid.shape)), first if self.class_token else None
+        first, x = _split_token(x, height * width)
+        return axes.constrain_map(x.reshape(grid.shape)), first
+
+
+def _split_token(x: Array, tokens: int) -> tuple[Array | None, Array]:
+    """Return the class token, if there is one before the tokens of the map, and these."""
+    return (x[..., :1, :], x[..., 1:, :]) if x.shape[-2] > tokens else (None, x)
 
 
 def _surround(x: Array, kernel: int, stride: int, *, circular: bool) -> Array:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import pickle
+import sys
 import zipfile
 
 import flax.serialization
@@ -327,3 +328,11 @@ def test_wrong_arguments_say_what_is_known(run, official):
     with pytest.raises(SystemExit) as stopped:
         run(official, "ours", "--to", "gzip")
     assert stopped.value.code == 2
+
+
+def test_onnx_says_what_it_needs(tmp_path, run, official, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax2onnx", None)
+    code, said = run(official, "model.onnx", "--to", "onnx", "--image-size", "8")
+    assert code == 1
+    assert "pip install jaxlayers[onnx]" in said
+    assert [path.name for path in tmp_path.iterdir()] == [official]
