@@ -8,14 +8,14 @@ WORKERS ?= 2
 # One stamp a set of extras, so that a target installs only what it needs and only once.
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock
 
-.PHONY: help train test test-all test-tpu parity lint format golden catalogue lock clean
+.PHONY: help train test test-all test-tpu test-tpu-all golden-tpu parity lint format golden catalogue lock clean
 
 help:
 	@echo "make train      train a Swin on real images over a mesh of 8 virtual devices; report in runs/swin_digits"
 	@echo "make test       the default tests (minutes)"
 	@echo "make test-all   the slow ones, the parity suite, and the newest Python found besides the default one"
 	@echo "make parity     the layers beside PyTorch references"
-	@echo "make test-tpu   compile every layer for TPU ahead of time (libtpu, no TPU needed)"
+	@echo "make test-tpu   compile every layer for TPU ahead of time, at no more than its stored cost (libtpu, no TPU needed)"
 	@echo "make lint       ruff, mypy, import contracts"
 
 $(BIN)/python:
@@ -52,10 +52,19 @@ test-all: $(VENV)/.test parity
 	newest=$$($(PYTHON) tools/check_python.py --newest); \
 	$(MAKE) test PYTHON=$$newest VENV=$(VENV)-newest
 
+TPU := TPU_SKIP_MDS_QUERY=1 TPU_ACCELERATOR_TYPE=v5litepod-16 TPU_WORKER_HOSTNAMES=localhost ALLOW_MULTIPLE_LIBTPU_LOAD=1
+
 test-tpu: $(VENV)-tpu/.ready
-	$(CPU) TPU_SKIP_MDS_QUERY=1 TPU_ACCELERATOR_TYPE=v5litepod-16 TPU_WORKER_HOSTNAMES=localhost \
-	ALLOW_MULTIPLE_LIBTPU_LOAD=1 $(VENV)-tpu/bin/python -m pytest -m tpu tests/conformance_test.py tests/train/recompute_test.py \
-	tests/window/spatial_test.py tests/kernels tests/tools/plan_test.py
+	$(CPU) $(TPU) $(VENV)-tpu/bin/python -m pytest -m tpu -n $(WORKERS) tests/conformance_test.py
+
+# The rest that needs libtpu: kernels, plans, and the steps of named models at their real sizes.
+test-tpu-all: test-tpu
+	$(CPU) $(TPU) $(VENV)-tpu/bin/python -m pytest -m tpu tests/train/recompute_test.py tests/window/spatial_test.py \
+		tests/kernels tests/tools/plan_test.py
+	$(CPU) $(VENV)-tpu/bin/python -m tools.cost_gate --python $(VENV)-tpu/bin/python
+
+golden-tpu: $(VENV)-tpu/.ready
+	$(CPU) $(TPU) $(VENV)-tpu/bin/python -m pytest -m tpu -n $(WORKERS) tests/conformance_test.py --regenerate-golden
 
 parity: $(VENV)/.parity
 	$(CPU) $(BIN)/python -m pytest tests/parity -n $(WORKERS) --dist loadfile

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from jaxlayers.testing import conformance
+from tools import cost_gate
 
 HERE = Path(__file__).parent
 GOLDEN = HERE / "golden" / "parameters"
+COSTS = HERE / "golden" / "costs" / "cases"
 
 
 def load(path):
@@ -143,7 +145,21 @@ def test_lowers_for_tpu(case):
 
 @pytest.mark.tpu
 @every_case
-def test_compiles_for_tpu(case):
+def test_compiles_for_tpu_at_the_stored_cost(case, request):
+    """Hold what the compiler estimates to what is stored; `--regenerate-golden` accepts what is found."""
     pytest.importorskip("libtpu")
     assert "TPU_WORKER_HOSTNAMES" in os.environ, "run `make test-tpu`: libtpu needs its environment"
-    conformance.check_tpu_compilation(case)
+    program = conformance.check_tpu_compilation(case)
+    path = COSTS / f"{case.name}.txt"
+    if program is None:
+        assert not path.exists()
+        return
+    found = cost_gate.figures_of(program)
+    if request.config.getoption("--regenerate-golden"):
+        COSTS.mkdir(parents=True, exist_ok=True)
+        path.write_text(cost_gate.written(cost_gate.versions(), {case.name: found}))
+    assert path.exists(), f"no stored cost of {case.name}; run `make golden-tpu`"
+    versions, stored = cost_gate.read(path.read_text())
+    assert versions == cost_gate.versions(), "stored are figures of another compiler; run `make golden-tpu`"
+    worse, _ = cost_gate.compared(case.name, found, stored[case.name])
+    assert not worse, f"costs more than stored; `make golden-tpu` accepts it: {worse}"

@@ -47,6 +47,7 @@ class Job:
       evaluation: the evaluation step too.
       text: file that the compiled training step is written to, gzipped; empty = none.
       survey: meshes (sizes by axis) to count the state for, under every recomputation policy; nothing is compiled.
+      calibrate: compile a large product too, to set the step's time beside.
     """
 
     config: str
@@ -62,6 +63,7 @@ class Job:
     evaluation: bool = False
     text: str = ""
     survey: tuple[Mapping[str, int], ...] = ()
+    calibrate: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,7 +242,7 @@ def answer(job: Job) -> dict[str, Any]:
     if not job.compile:
         return found
     devices = devices_of(place)
-    if place.chip.is_tpu:
+    if place.chip.is_tpu and job.calibrate:
         found["calibration"] = calibration(devices[0])
     found["train"] = compiled_train(config, devices, batch, place, job.text)
     if job.evaluation and config.test_data is not None and "refused" not in found["train"]:

@@ -446,28 +446,33 @@ def check_tpu_lowering(case: Case) -> None:
     _expect_tpu(case, lambda step, args: jax.export.export(jax.jit(step), platforms=["tpu"])(*args))
 
 
-def check_tpu_compilation(case: Case, topology: str = "v5e:2x2") -> None:
-    """Check that the forward and backward pass compile ahead of time for one TPU chip (needs libtpu)."""
+def check_tpu_compilation(case: Case, topology: str = "v5e:2x2") -> Any:
+    """Check that the forward and backward pass compile ahead of time for one TPU chip (needs libtpu).
+
+    Returns:
+      The compiled program; `None` where the case says that there is none.
+    """
     topologies = importlib.import_module("jax.experimental.topologies")
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     sharding = jax.sharding.SingleDeviceSharding(devices[0])
 
     def compile_step(step, args):
-        jax.jit(step, in_shardings=sharding, out_shardings=sharding).lower(*args).compile()
+        return jax.jit(step, in_shardings=sharding, out_shardings=sharding).lower(*args).compile()
 
-    _expect_tpu(case, compile_step)
+    return _expect_tpu(case, compile_step)
 
 
-def _expect_tpu(case: Case, build: Callable[[Any, Any], Any]) -> None:
+def _expect_tpu(case: Case, build: Callable[[Any, Any], Any]) -> Any:
     arguments = jax.tree.map(_abstract, (case.variables["params"], case.make_inputs()))
     try:
-        build(functools.partial(_gradient, case), arguments)
+        built = build(functools.partial(_gradient, case), arguments)
     except Exception as error:
         if not case.tpu:
             raise AssertionError(f"{case.name}: does not compile for TPU: {error}") from error
-        return
+        return None
     if case.tpu:
         raise AssertionError(f"{case.name}: is declared not to compile for TPU ({case.tpu}) but does")
+    return built
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -219,7 +219,7 @@ def test_a_gpu_is_refused(monkeypatch):
 
 def tpu(topology):
     pytest.importorskip("libtpu")
-    assert "TPU_WORKER_HOSTNAMES" in os.environ, "run `make test-tpu`: libtpu needs its environment"
+    assert "TPU_WORKER_HOSTNAMES" in os.environ, "run `make test-tpu-all`: libtpu needs its environment"
     from jax.experimental import topologies
 
     return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices

@@ -223,7 +223,7 @@ def test_memory_besides_the_patterns_does_not_grow_with_them():
 @pytest.mark.tpu
 def test_no_device_of_a_pod_slice_holds_all_patterns():
     pytest.importorskip("libtpu")
-    assert "TPU_WORKER_HOSTNAMES" in os.environ, "run `make test-tpu`: libtpu needs its environment"
+    assert "TPU_WORKER_HOSTNAMES" in os.environ, "run `make test-tpu-all`: libtpu needs its environment"
     from jax.experimental import topologies
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x8").devices

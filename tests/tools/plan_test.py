@@ -478,7 +478,7 @@ def test_a_process_that_dies_costs_one_answer_only(tmp_path):
 def for_tpu(function, shapes, topology="v5e:2x2", split=False):
     """Return the reading of a function compiled for a slice, its arguments whole or split along their first axis."""
     pytest.importorskip("libtpu")
-    assert "TPU_WORKER_HOSTNAMES" in os.environ, "run `make test-tpu`: libtpu needs its environment"
+    assert "TPU_WORKER_HOSTNAMES" in os.environ, "run `make test-tpu-all`: libtpu needs its environment"
     from tools.plan_read import reading
 
     place = chips.topology(topology)

@@ -171,7 +171,7 @@ def test_sequence_parallelism_takes_less_memory_on_each_device():
 
 def compiled_for_tpu(*, sequence_parallel):
     pytest.importorskip("libtpu")
-    assert "TPU_WORKER_HOSTNAMES" in os.environ, "run `make test-tpu`: libtpu needs its environment"
+    assert "TPU_WORKER_HOSTNAMES" in os.environ, "run `make test-tpu-all`: libtpu needs its environment"
     from jax.experimental import topologies
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices

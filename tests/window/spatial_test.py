@@ -285,7 +285,7 @@ def test_swin_v2_with_pictures_split_over_the_sequence_axis_sends_halos_only():
 @pytest.mark.tpu
 def test_on_a_tpu_a_shifted_block_sends_the_shift_and_gathers_nothing():
     pytest.importorskip("libtpu")
-    assert "TPU_WORKER_HOSTNAMES" in os.environ, "run `make test-tpu`: libtpu needs its environment"
+    assert "TPU_WORKER_HOSTNAMES" in os.environ, "run `make test-tpu-all`: libtpu needs its environment"
     from jax.experimental import topologies
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
