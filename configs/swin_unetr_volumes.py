@@ -1,9 +1,8 @@
 """Segment simulated volumes: two organs that only a far mark tells apart, and a nested tumour, by Swin UNETR.
 
 Command:  python -m train configs/swin_unetr_volumes.py
-Expected: mean Dice 0.467 after 800 steps, nine minutes of processor time on a busy CPU of two cores; the U-Net 0.624,
-          the best thresholds 0.401, naming the ground everywhere 0.194. Convolutions learn faster here; an earlier
-          form with volumes of 24^3 and 300 steps had 0.301.
+Expected: mean Dice 0.750 after 700 steps of 4 volumes, four minutes of processor time on one core of a busy CPU; the
+          U-Net 0.839, the best thresholds 0.393, naming the ground everywhere 0.194.
 
 A body holds two ellipsoidal organs of one brightness and texture, on either side of its middle, and sometimes a tumour
 of a bright rim and a dark core inside one of them. Volumes come mirrored or not, and a small capsule at the skin of
@@ -12,6 +11,12 @@ second. A smooth gain of a factor of two across the volume, blur and noise keep 
 is a U-Net of about as many parameters, as many resolutions and steps; the baselines are the best thresholds between
 two brightnesses for each class, and naming the ground everywhere. A second test set has sizes that are no multiples of
 the stride.
+
+Both networks first find organs and tumour and confuse the organs until they find the mark, when the loss falls at once.
+Convolutions before the blocks of each stage (version 2 of Swin UNETR) and a fast head make the first part short; a
+capsule that is large and bright against the blur, the second. With a capsule of radius 0.16 and brightness 1.3, Swin
+UNETR still confused the organs after 900 steps. Rates of 3e-3, 6e-3 and 1.5e-2 were tried for Swin UNETR, 6e-3 alone
+for the U-Net, on volumes of seed 7 and training that was shorter; seed 1 was left for the test.
 """
 
 from collections.abc import Mapping
@@ -67,10 +72,12 @@ def config(smoke: bool = False) -> Config:
         num_classes=len(CLASSES),
         embed_dim=8,
         depths=(2,) if smoke else (2, 2),
-        num_heads=(2,) if smoke else (2, 4),
+        # Many heads to a stage: which way a head looks is in its table of offsets, and the mark lies to one side.
+        num_heads=(2,) if smoke else (4, 4),
         window_size=(4, 4, 4),
         table_prefix=False,
         merging="ordered",
+        stage_convolutions=True,
         kernel_init=nn.initializers.xavier_uniform(),
     )
     return Config(
@@ -80,15 +87,23 @@ def config(smoke: bool = False) -> Config:
         train_data=volumes(train, seed=0),
         test_data=volumes(test, seed=1),
         extra_tests={"other size": volumes(test, seed=2, size=OTHER_SIZE)},
-        steps=4 if smoke else 800,
-        batch_size=8,
+        steps=4 if smoke else 700,
+        batch_size=4,
         eval_batch_size=4,
-        optim=Optim(learning_rate=3e-3, warmup_steps=2 if smoke else 60, weight_decay=0.01),
-        log_every=2 if smoke else 10,
+        optim=Optim(
+            learning_rate=6e-3,
+            warmup_steps=2 if smoke else 50,
+            weight_decay=0.0,
+            b2=0.99,
+            # All that comes before is normed, so the head must grow to say how rare the organs are; tables of offsets
+            # begin near zero too.
+            rates=(("(^head/|/relative_position_bias_table$)", 5.0),),
+        ),
+        log_every=2 if smoke else 50,
         eval_every=None,
         metric="mean_dice",
-        # 128,190 parameters beside 116,249, at the same four resolutions.
-        rivals={"U-Net": UNet(len(CLASSES), (4, 8) if smoke else (8, 12, 17, 30))},
+        # 133,657 parameters beside 134,901, at the same four resolutions.
+        rivals={"U-Net": UNet(len(CLASSES), (4, 8) if smoke else (8, 12, 18, 30))},
         baselines=None if smoke else baselines,
     )
 
@@ -126,9 +141,9 @@ def volume(rng: np.random.Generator, size: tuple[int, int, int] = SIZE) -> tuple
         organ = ellipsoid(centre, rng.uniform(0.32, 0.44, size=3)) < 1
         label[organ], image[organ] = 1 if sign == side else 2, 0.75
         if sign == ill:
-            tumour = ellipsoid(centre + rng.uniform(-0.1, 0.1, size=3), rng.uniform(0.24, 0.34, size=3))
+            tumour = ellipsoid(centre + rng.uniform(-0.1, 0.1, size=3), rng.uniform(0.28, 0.38, size=3))
             label[tumour < 1], image[tumour < 1] = 3, 0.98
-            label[tumour < 0.65], image[tumour < 0.65] = 4, 0.5
+            label[tumour < 0.55], image[tumour < 0.55] = 4, 0.2
     # What looks like an organ but lies in the middle is ground.
     for _ in range(2):
         centre = np.array([rng.choice([-1, 1]) * 0.55, 0, 0]) * extent + rng.uniform(-0.12, 0.12, size=3)
@@ -139,7 +154,7 @@ def volume(rng: np.random.Generator, size: tuple[int, int, int] = SIZE) -> tuple
     phases = rng.uniform(0, 2 * np.pi, size=6)
     image = image * (1 + 0.06 * np.sin(places @ waves.T + phases).sum(axis=-1) / np.sqrt(3))
     mark = np.array([rng.uniform(-0.3, 0.3), side * 0.88 * extent[1], rng.uniform(-0.3, 0.3)])
-    image = np.where(np.linalg.norm(places - mark, axis=-1) < 0.16, 1.3, image)
+    image = np.where(np.linalg.norm(places - mark, axis=-1) < 0.22, 1.6, image)
     for axis in range(3):
         image = 0.25 * np.roll(image, 1, axis) + 0.5 * image + 0.25 * np.roll(image, -1, axis)
     direction = rng.normal(size=3)

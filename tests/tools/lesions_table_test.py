@@ -89,6 +89,8 @@ def test_table_measures_each_model_once_and_writes_its_page(trainings, tmp_path,
     assert "| a guess | 0.125 | 0.062 | 0.125 | 0.062 |  |" in table
     page = (tmp_path / "lesions.md").read_text()
     assert table in page
+    assert "On lesions by Dice: U-Net 0.550, Att-SwinU-Net 0.550, a guess 0.125." in page
+    assert "20 steps on lesions and 20 steps on coins of 16 pictures" in page
     assert "(4 minutes of processor time" in page
     assert (tmp_path / "images" / "lesions.png").stat().st_size > 1000
     assert len(json.loads((tmp_path / "out" / "scores.json").read_text())) == 10

@@ -41,6 +41,9 @@ def test_page_has_every_method_and_a_picture(tmp_path, monkeypatch):
     assert rows[2][2:] == rows[1][2:]
     assert float(rows[1][5].split(" / ")[0]) > float(rows[0][5].split(" / ")[0]) + 1
     assert "- DRCT, x2: 0.000, 0.000, 0.000" in page
+    assert "- DRCT, x2: +0.00 dB and +0.0000 on luma" in page
+    assert "    python -m tools.super_resolution_table --scales 2 --networks DRCT\n" in page
+    assert "Plain groups" not in page
 
 
 @pytest.mark.parametrize("scale", [2, 4])
@@ -85,3 +88,16 @@ def test_shrinking_equals_matlabs_inside():
     expected = np.round(np.clip(np.outer(rows, columns), 0, 1) * 255) / 255
     np.testing.assert_allclose(found, expected, atol=1e-6)
     assert found.max() > 0.1
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_an_untrained_network_enlarges_bicubically(dense):
+    low = jnp.asarray(np.random.RandomState(0).rand(1, 8, 8, 3), jnp.float32)
+    model = task.network(2, dense=dense)
+    found, variables = jax.jit(model.init_with_output)(jax.random.key(0), low)
+    np.testing.assert_allclose(found, task.enlarged(low, 2), atol=1e-6)
+    # Negative control: any other last convolution shows that the network sees the picture.
+    params = variables["params"]["network"]
+    last = {**params["last"], "kernel": jnp.ones_like(params["last"]["kernel"])}
+    other = jax.jit(model.apply)({"params": {"network": {**params, "last": last}}}, low)
+    assert float(jnp.std(other - found)) > 1e-3

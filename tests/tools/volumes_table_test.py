@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -52,6 +53,16 @@ def test_only_the_mark_tells_the_organs_apart():
     assert np.mean(np.equal(sides, bright)) > 0.95
     # Negative control: brightness of the organs says little.
     assert 0.25 < np.mean(mean) < 0.75
+
+
+def test_the_networks_have_equally_many_parameters():
+    config = task.config()
+    x = jax.ShapeDtypeStruct((1, *task.SIZE, 1), jnp.float32)
+    sizes = [
+        sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0), x)))
+        for model in (config.model, *config.rivals.values())
+    ]
+    assert max(sizes) < 1.03 * min(sizes)
 
 
 def test_dice_counts_voxels_of_the_whole_set():
