@@ -58,6 +58,7 @@ STORED = {
     "RMT": "qhfan/RMT 32ea214",
     "RePAST": "autonomousvision/gta 1dcbd37",
     "SE3Assembly": "crtie/Leveraging-SE-3-Equivariance-for-Learning-3D-Geometric-Shape-Assembly 7061d09",
+    "SE3Transformer": "FabianFuchsML/se3-transformer-public a9010df",
     "SetTransformer": "juho-lee/set_transformer 73432c6",
     "SheafDiffusion": "twitter-research/neural-sheaf-diffusion 11e21b5",
     "ShiftViT": "microsoft/SPACH dcede1e",
@@ -67,6 +68,7 @@ STORED = {
     "VNDGCNNSegmentation": "FlyingGiraffe/vnn f3197e2",
     "VNPointNet": "FlyingGiraffe/vnn f3197e2",
     "VNPointNetSegmentation": "FlyingGiraffe/vnn f3197e2",
+    "VNSmall": "arnab39/equiadapt 657ee6f",
     "ViTResNAS": "yilunliao/vit-search 303e7c3",
 }
 
@@ -297,6 +299,8 @@ python -m tools.convert run swin/ program/ --to stablehlo                # also 
 - **Accounting**: every tensor is converted, ignored by a rule that states its reason, or stops the conversion unless
   `--allow` names it. `--report` writes all of it as JSON. A classifier of another size begins anew, a first kernel for
   other channels is fitted, windows and images are resized from what `--was` says; each is reported.
+- **What a file lacks**: weights of the reference of `SE3Transformer` are relative to a basis whose signs are in no
+  state dict; `jaxlayers.equivariant.tensor_field.basis_factors` has the lines that save it with them.
 - **Writing**: an output is there whole or not at all, what is written is read back and compared with its SHA-256, and
   a run that was broken off is taken up where it stopped. Nothing outside the output is touched.
 - **Verification**: `--verify` runs the reference's own code beside ours when its package is installed; otherwise it

@@ -34,6 +34,9 @@ WRAPPERS = (
     "params",
     "g",
     "d",
+    # A canonicaliser beside the network that it serves, alone and in a training checkpoint.
+    "canonicalizer.canonicalization_network",
+    "state_dict.canonicalizer.canonicalization_network",
 )
 # What wrappers of modules put before every name.
 PREFIXES = ("module.", "_orig_mod.", "model.")

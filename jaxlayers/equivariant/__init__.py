@@ -113,3 +113,4 @@ from jaxlayers.equivariant.vn_dgcnn import VNDGCNNEncoder as VNDGCNNEncoder
 from jaxlayers.equivariant.vn_dgcnn import VNDGCNNSegmentation as VNDGCNNSegmentation
 from jaxlayers.equivariant.vn_pointnet import VNPointNet as VNPointNet
 from jaxlayers.equivariant.vn_pointnet import VNPointNetSegmentation as VNPointNetSegmentation
+from jaxlayers.equivariant.vn_small import VNSmall as VNSmall

@@ -393,7 +393,7 @@ class LearnedCanonicalization(nn.Module):
         Args:
           inputs: arrays, one for each of `representations`, with common leading axes `*batch`.
           mask: True = a point, False = padding. Padded points and vectors reach the backbone as zeros.
-          deterministic: handed on to the backbone.
+          deterministic: handed on to the backbone, and to the canonicaliser if its call takes it.
 
         Returns:
           What the backbone returns, turned back. NaN coordinates come out as NaN everywhere.
@@ -401,7 +401,7 @@ class LearnedCanonicalization(nn.Module):
         Raises:
           ValueError: on an unknown group or representation, or inputs of a wrong shape, dtype or number.
         """
-        frame = self.pose(*inputs, mask=mask)
+        frame = self.pose(*inputs, mask=mask, deterministic=deterministic)
         taken = inspect.signature(type(self.backbone).__call__).parameters
         keywords: dict[str, Any] = {"deterministic": deterministic} if "deterministic" in taken else {}
 
@@ -441,7 +441,7 @@ class LearnedCanonicalization(nn.Module):
         )
         return tuple(moved), frame
 
-    def pose(self, *inputs: Any, mask: Bool[Array, "*batch n"] | None = None) -> Frame:
+    def pose(self, *inputs: Any, mask: Bool[Array, "*batch n"] | None = None, deterministic: bool = True) -> Frame:
         """Return the learned pose and, behind it, the elements of the fallback; rotations and margin are sown."""
         if self.group not in EUCLIDEAN_GROUPS:
             raise ValueError(f"group={self.group!r} is not a group of point clouds; use one of {EUCLIDEAN_GROUPS}")
@@ -464,7 +464,9 @@ class LearnedCanonicalization(nn.Module):
         centred, translation = _centre(points, mask, translates="E" in self.group)
         others = [x if translation is None else x - translation[..., None, :] for x in by_name["points"][1:]]
         scalars = jnp.concatenate(by_name["set"], axis=-1) if by_name["set"] else None
-        vectors = self.canonicalizer(centred, (*others, *by_name["vectors"]), scalars, mask=mask)
+        taken = inspect.signature(type(self.canonicalizer).__call__).parameters
+        keywords = {"deterministic": deterministic} if "deterministic" in taken else {}
+        vectors = self.canonicalizer(centred, (*others, *by_name["vectors"]), scalars, mask=mask, **keywords)
         rotation, margin = gram_schmidt(vectors, proper=proper)
         self.sow("intermediates", "rotation", rotation)
         self.sow("intermediates", "margin", margin)

@@ -1,15 +1,19 @@
 """SE(3)-Transformer: attention over neighbours between features of every degree, in one pass or moving the points."""
 
+import functools
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
-from jaxlayers.core import axes
+from jaxlayers.core import axes, dialects
 from jaxlayers.core.dtypes import at_least_float32, compute_dtype
 from jaxlayers.core.initializers import lecun_normal, zeros
 from jaxlayers.core.safe import safe_norm
@@ -28,11 +32,19 @@ from jaxlayers.equivariant.fibers import (
     products_along,
     radial_inputs,
 )
-from jaxlayers.equivariant.tensor_field import FiberLinear, FiberNormNonlinearity, RadialKernel, stacked_he_uniform
+from jaxlayers.equivariant.tensor_field import (
+    FiberLinear,
+    FiberNormNonlinearity,
+    RadialKernel,
+    basis_factors,
+    radial_kernel_from_reference,
+    radial_networks,
+    stacked_he_uniform,
+)
 from jaxlayers.nn.multi_head import attention_weights
 from jaxlayers.ops.neighbours import Neighbours, everyone, gather, k_nearest
 
-RELATIVE = ("none", "add", "concatenate")
+RELATIVE = ("none", "add", "subtract", "concatenate")
 
 
 class Moved(NamedTuple):
@@ -63,7 +75,8 @@ class SE3Attention(nn.Module):
       num_heads: heads, which split the channels of every degree.
       bottleneck: keys and values have `features // bottleneck` channels.
       relative: what to do with the vector x_j - x_i besides its kernels: `"add"` it to the first vector of each
-        neighbour, `"concatenate"` it as one more vector, or `"none"`.
+        neighbour, `"subtract"` it from the first of several (what the reference calls add), `"concatenate"` it as one
+        more vector, or `"none"`.
       project: takes channels and dtypes, makes the layer that mixes channels at the end: `FiberLinear` or
         `AttentiveSelfInteraction`.
       hidden_features: width of the radial perceptrons.
@@ -93,7 +106,8 @@ class SE3Attention(nn.Module):
 
     Differs:
       Vectors point to the neighbour (x_j - x_i), in the reference from it: the sign is absorbed by weights.
-      `relative="add"` also adds to a lone vector channel. A point without neighbours gets zero attention.
+      With `relative="add"`, new here, it is added, to a lone vector channel too. A point without neighbours gets zero
+      attention.
     """
 
     features: tuple[int, ...]
@@ -184,8 +198,9 @@ class _EdgeAttention(nn.Module):
             present_vectors = [sources[1], vectors.astype(sources[1].dtype)] if 1 in sources else [vectors]
             sources[1] = jnp.concatenate(present_vectors, axis=-2)
         elif self.relative == "add" and 1 in sources:
-            x = sources[1]
-            sources[1] = jnp.concatenate([x[..., :1, :] + vectors.astype(x.dtype), x[..., 1:, :]], axis=-2)
+            sources[1] = _first_moved(sources[1], vectors)
+        elif self.relative == "subtract" and 1 in sources and sources[1].shape[-2] > 1:
+            sources[1] = _first_moved(sources[1], -vectors)
         products = products_along(sources, edges, self.values)
         radial = radial_inputs(edges)
         kernels = (self.hidden_features, self.dtype, self.param_dtype, self.kernel_init, self.bias_init)
@@ -207,6 +222,10 @@ class _EdgeAttention(nn.Module):
         """Return all degrees in a row for each head, `[..., heads, entries]`."""
         parts = [x.reshape(*x.shape[:-2], self.num_heads, -1) for _, x in sorted(fiber.items())]
         return jnp.concatenate(parts, axis=-1)
+
+
+def _first_moved(x: jax.Array, vectors: jax.Array) -> jax.Array:
+    return jnp.concatenate([x[..., :1, :] + vectors.astype(x.dtype), x[..., 1:, :]], axis=-2)
 
 
 class SE3Transformer(nn.Module):
@@ -233,7 +252,8 @@ class SE3Transformer(nn.Module):
       num_neighbours: size of the lists of nearest points, found anew in each iteration; `None` = all other points. Of
         no effect where lists are given.
       relative: see `SE3Attention`.
-      project: see `SE3Attention`; in the output too.
+      project: see `SE3Attention`.
+      out_project: the same in the last attention, that of the output; `None` = `project`.
       edge_features: called as `edge_features(distances, edges)` in each iteration, with distances
         `[*batch, points, k, 1]`, and returns the invariants `[*batch, points, k, features]` of the pairs; `None` uses
         the edges given.
@@ -264,6 +284,9 @@ class SE3Transformer(nn.Module):
       Wagstaff, Dauparas, Posner, Iterative SE(3)-Transformers, GSI 2021. Reference code
       FabianFuchsML/se3-transformer-public, commit a9010df, `SE3TransformerIterative` and `SE3Transformer`.
 
+      Its weights are read by `from_reference` from a state dict and the basis of its kernels, which must be saved with
+      it (see `jaxlayers.equivariant.tensor_field.basis_factors`).
+
     Differs:
       See `SE3Attention`, `FiberNormNonlinearity` and `RadialKernel`. The nearest points are those nearest in space, in
       the reference those of the largest interaction.
@@ -278,6 +301,7 @@ class SE3Transformer(nn.Module):
     num_neighbours: int | None = None
     relative: str = "add"
     project: ModuleFactory = FiberLinear
+    out_project: ModuleFactory | None = None
     edge_features: Callable[[Array, Array | None], Array] | None = None
     basis_gradient: bool = True
     chunk: int | None = None
@@ -331,7 +355,6 @@ class SE3Transformer(nn.Module):
         common: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         attention: dict[str, Any] = {
             "relative": self.relative,
-            "project": self.project,
             "chunk": self.chunk,
             "kernel_init": self.kernel_init,
             "bias_init": self.bias_init,
@@ -352,12 +375,22 @@ class SE3Transformer(nn.Module):
             )
             for layer in range(self.depth):
                 name = f"attention_{iteration}_{layer}"
-                block = SE3Attention(self.features, self.num_heads, self.bottleneck, name=name, **attention, **common)
+                block = SE3Attention(
+                    self.features,
+                    self.num_heads,
+                    self.bottleneck,
+                    project=self.project,
+                    name=name,
+                    **attention,
+                    **common,
+                )
                 nodes = block(nodes, pairs)
                 nodes = FiberNormNonlinearity(name=f"nonlinearity_{iteration}_{layer}", **common)(nodes)
             if iteration == self.iterations - 1:
                 heads = math.gcd(self.num_heads, *self.out_features)
-                nodes = SE3Attention(self.out_features, heads, 1, name="out", **attention, **common)(nodes, pairs)
+                project = self.project if self.out_project is None else self.out_project
+                out = SE3Attention(self.out_features, heads, 1, project=project, name="out", **attention, **common)
+                nodes = out(nodes, pairs)
             if mask is not None:
                 nodes = _masked(nodes, mask)
             if 1 in nodes:
@@ -556,6 +589,162 @@ def _ones(positions: jax.Array) -> dict[int, jax.Array]:
 def _masked(nodes: Fiber, mask: jax.Array) -> dict[int, jax.Array]:
     return {degree: jnp.where(mask[..., None, None], x, 0) for degree, x in nodes.items()}
 
+
+# Reference checkpoints ------------------------------------------------------------------------------------------------
+
+# Our layers and theirs, `{block}` counting attentions and nonlinearities.
+REFERENCE_NAMES: Mapping[str, str] = {"nbody": "Gblock.{block}", "iterative": "blocks.{iteration}.{block}"}
+# What the points have in the reference's data: channels of each degree.
+_GIVEN: Mapping[str, dict[int, int]] = {"nbody": {1: 1}, "iterative": {0: 1}}
+
+
+def from_reference(tensors: Mapping[str, Any], model: SE3Transformer, *, source: str = "nbody") -> dict[str, Any]:
+    """Return parameters of `model` from the state dict of the reference's code, and its basis.
+
+    `"nbody"` is `SE3Transformer` of `experiments/nbody`, which sees velocities (`features={1: ...}`) and products of
+    charges (`edges`), and whose output is `features[1]`; `"iterative"` is `SE3TransformerIterative` of
+    `experiments/toy_optimisation`, which sees the energies of the pairs (`edge_features`). That of `experiments/qm9`
+    has other nonlinearities, and no counterpart here.
+
+    Args:
+      tensors: arrays by the reference's names, with those of the basis (see `basis_factors`).
+      model: the model they are for: `features=(num_channels,) * num_degrees`, `out_features=(0, 2)` or `(0, 1)`,
+        `depth=num_layers`, `iterations=num_iter`, `num_heads=n_heads`, `bottleneck=div`, `project` and `out_project`
+        `FiberLinear` for 1x1 and `AttentiveSelfInteraction` for att of `si_m` and `si_e`, and `relative` `"subtract"`
+        for add, `"concatenate"` for cat and `"none"` for None of `x_ij`.
+      source: a key of `REFERENCE_NAMES`.
+
+    Returns:
+      A parameter tree of JAX arrays, in the dtype of the tensors.
+
+    Raises:
+      ValueError: if the basis is missing or does not fit, names or shapes of the tensors are not those of the model, or
+        its fields are not of the reference.
+    """
+    if source not in REFERENCE_NAMES:
+        raise ValueError(f"source={source!r} must be one of {sorted(REFERENCE_NAMES)}; pass one of them")
+    if model.relative == "add":
+        raise ValueError(f"relative={model.relative!r} must be 'subtract' for the reference's add; set relative")
+    heads = math.gcd(model.num_heads, *model.out_features)
+    if heads != min(model.num_heads, 2):
+        raise ValueError(
+            f"num_heads={model.num_heads} must leave min(num_heads, 2) heads to the output, as the reference does, not "
+            f"{heads} for out_features={model.out_features}; set num_heads"
+        )
+    factors = basis_factors(tensors)
+    points, pairs = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 3), (2, 1, 1)))
+    given = {k: jax.ShapeDtypeStruct((2, count, 2 * k + 1), jnp.float32) for k, count in _GIVEN[source].items()}
+    plain = model.clone(num_neighbours=None, edge_features=None, chunk=None)
+    started = jax.eval_shape(lambda x, f, w: plain.init(jax.random.key(0), x, f, edges=w), points, given, pairs)
+    flat = flax.traverse_util.flatten_dict(dict(started["params"]), sep="/")
+    layers = _reference_layers(model, source)
+    kernels = _reference_kernels(model, source, layers)
+    names = {path: _reference_name(path, layers) for path in flat if "/edges/" not in path}
+    nets = [
+        net for prefix, met, features in kernels.values() for net in radial_networks(prefix, met, features).values()
+    ]
+    expected = {*names.values(), *(f"{net}.{end}" for net in nets for end in _RADIAL)}
+    expected |= {f"basis.{k},{degree}" for net in nets for k, degree in re.findall(r"\((\d+),(\d+)\)", net)}
+    unknown = sorted(name for name in tensors if name not in expected and not name.startswith("basis."))
+    missing = sorted(name for name in expected if name not in tensors)
+    if unknown or missing:
+        raise ValueError(
+            f"the checkpoint must have the model's tensors and their basis; unknown {unknown[:6]}, missing "
+            f"{missing[:6]}; set the model's fields as the reference has them"
+        )
+    found = {path: _plain(np.asarray(tensors[name]), path) for path, name in names.items()}
+    for ours, (prefix, met, features) in kernels.items():
+        read = radial_kernel_from_reference(
+            tensors, prefix, met, features, factors, appended=model.relative == "concatenate"
+        )
+        found |= {f"{ours}/{leaf}": value for leaf, value in read.items()}
+    wrong = [
+        f"{path} {found[path].shape} for {leaf.shape}" for path, leaf in flat.items() if found[path].shape != leaf.shape
+    ]
+    if wrong:
+        raise ValueError(
+            f"the checkpoint's tensors must have the model's shapes, not {wrong[:6]}; set its fields as the reference "
+            "has them"
+        )
+    return flax.traverse_util.unflatten_dict({path: jnp.asarray(found[path]) for path in flat}, sep="/")
+
+
+_RADIAL = tuple(f"{layer}.{leaf}" for layer in ("0", "1.bn", "3", "4.bn", "6") for leaf in ("weight", "bias"))
+# Parts of our layers to theirs, `#` for the degree.
+_PARTS = {
+    "query/kernel_#": "GMAB.q.transform.#",
+    "project/kernel_#": "project.transform.#",
+    "project/norm_#/scale": "project.transform.#.0.weight",
+    "project/norm_#/bias": "project.transform.#.0.bias",
+    "project/weights_#/kernel": "project.transform.#.2.weight",
+    "project/weights_#/bias": "project.transform.#.2.bias",
+    "bias_#": "bias.#",
+}
+
+
+def _reference_layers(model: SE3Transformer, source: str) -> dict[str, str]:
+    """Return our layers, in their order, with their names there."""
+    layers = {}
+    for iteration in range(model.iterations):
+        name = functools.partial(REFERENCE_NAMES[source].format, iteration=iteration)
+        for layer in range(model.depth):
+            layers[f"attention_{iteration}_{layer}"] = name(block=2 * layer)
+            layers[f"nonlinearity_{iteration}_{layer}"] = name(block=2 * layer + 1)
+    return {**layers, "out": name(block=2 * model.depth)}
+
+
+def _reference_kernels(
+    model: SE3Transformer, source: str, layers: Mapping[str, str]
+) -> dict[str, tuple[str, dict[int, int], tuple[int, ...]]]:
+    """Return our radial kernels with the beginning of their names there, the channels that they meet, and theirs."""
+    kernels = {}
+    channels = _GIVEN[source]
+    for ours, theirs in layers.items():
+        if ours.startswith("nonlinearity"):
+            continue
+        values = model.out_features if ours == "out" else tuple(count // model.bottleneck for count in model.features)
+        keys = tuple(count if degree in channels else 0 for degree, count in enumerate(values))
+        met = {**channels, 1: channels.get(1, 0) + 1} if model.relative == "concatenate" else channels
+        kernels[f"{ours}/edges/key"] = (f"{theirs}.GMAB.k.", met, keys)
+        kernels[f"{ours}/edges/value"] = (f"{theirs}.GMAB.v.", met, values)
+        channels = dict(present(model.features))
+    return kernels
+
+
+def _reference_name(path: str, layers: Mapping[str, str]) -> str:
+    layer, _, part = path.partition("/")
+    degree = re.findall(r"_(\d+)", part)[-1:]
+    theirs = _PARTS.get(part.replace(f"_{degree[0]}", "_#")) if degree else None
+    if theirs is None:
+        raise ValueError(
+            f"the reference has no counterpart of {path}; set project and out_project to FiberLinear or "
+            "AttentiveSelfInteraction"
+        )
+    return f"{layers[layer]}.{theirs.replace('#', degree[0])}"
+
+
+def _plain(tensor: np.ndarray, path: str) -> np.ndarray:
+    if "nonlinearity" in path:
+        return tensor.reshape(-1)
+    return tensor.T if "kernel" in path else tensor
+
+
+DIALECTS = tuple(
+    # Without a layout: a file that lacks the basis is to be told what to save, not which names are missing.
+    dialects.Dialect(
+        name=name,
+        origin=f"github.com/FabianFuchsML/se3-transformer-public, experiments/{folder}, with its basis",
+        module=SE3Transformer,
+        read=dialects.from_params(from_reference, source=name),
+        marks=(rf"^{first}0\.GMAB\.q\.transform\.", rf"^{first}1\.bias\."),
+        foreign=(r"^FCblock\.",),
+        one_way="weights are multiplied by signs and sizes that their basis says, which a state dict does not have",
+    )
+    for name, folder, first in (
+        ("nbody", "nbody", r"Gblock\."),
+        ("iterative", "toy_optimisation", r"blocks\.0\."),
+    )
+)
 
 _PARTICLES = tuple(jax.ShapeDtypeStruct((1, 5, width), jnp.float32) for width in (3, 3, 1))
 

@@ -5,11 +5,14 @@ See `jaxlayers.equivariant.fibers` for what a fiber is.
 """
 
 import math
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from jaxlayers.core.dtypes import at_least_float32, compute_dtype
@@ -23,6 +26,7 @@ from jaxlayers.equivariant.fibers import (
     check_channels,
     check_fiber,
     constrain_fiber,
+    kernel_basis,
     over_chunks,
     present,
     products_along,
@@ -476,3 +480,137 @@ def _standardised(x: jax.Array) -> jax.Array:
     wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
     variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
     return (wide * jax.lax.rsqrt(variance + 1e-5)).astype(x.dtype)
+
+
+# Reference checkpoints ------------------------------------------------------------------------------------------------
+
+_SAVE = (
+    "save get_basis of the reference for some directions as basis.* and basis.direction with the weights, where they "
+    "were trained (see jaxlayers.equivariant.tensor_field.basis_factors)"
+)
+
+
+def basis_factors(tensors: Mapping[str, Any]) -> dict[tuple[int, int], np.ndarray]:
+    """Return what the reference's radial weights are to be multiplied by for our kernels: signs and sizes.
+
+    Its kernels K_J between degrees k and l come from singular vectors, whose signs differ from machine to machine; they
+    lie in its `cache/trans_Q`, not in a state dict, and a weight means nothing without them. So save them with it,
+    where the model was trained:
+
+        direction = torch.tensor([[0.3, -0.5, 0.8]])
+        basis = get_basis(types.SimpleNamespace(edata={"d": direction}), num_degrees - 1, False)
+        basis = {"direction": direction, **basis}
+        torch.save({**model.state_dict(), **{f"basis.{name}": part for name, part in basis.items()}}, "weights.pt")
+
+    Each K_J must be ours (`kernel_basis`) of the same direction up to a factor; coordinates of features are the same in
+    every degree. The factor counts (-1)^J more, since our vectors point to the neighbour and theirs from it.
+
+    Args:
+      tensors: arrays by name, of which those of `basis.` are read: `basis.direction` `[n, 3]`, and `basis.k,l` of any
+        shape `[n, ..., 2 l + 1, ..., 2 k + 1, paths]`.
+
+    Returns:
+      (k, l) to one factor for each of J = |k - l| ... k + l.
+
+    Raises:
+      ValueError: if there is no basis, or one that does not fit ours.
+    """
+    names = {
+        (int(found[1]), int(found[2])): name
+        for name in tensors
+        if (found := re.fullmatch(r"basis\.(\d+),(\d+)", name)) is not None
+    }
+    if not names or "basis.direction" not in tensors:
+        raise ValueError(
+            "weights of the reference must come with the basis that they are relative to, whose signs are in no state "
+            f"dict; got {sorted(name for name in tensors if name.startswith('basis.'))} of it; {_SAVE}"
+        )
+    directions = np.asarray(tensors["basis.direction"], np.float64)
+    if directions.shape[-1:] != (3,) or not np.all(np.linalg.norm(directions, axis=-1) > 0):
+        raise ValueError(
+            f"basis.direction must be vectors [n, 3], none of them zero; got {directions.tolist()}; {_SAVE}"
+        )
+    directions = directions.reshape(-1, 3)
+    degrees = sorted({degree for pair in names for degree in pair})
+    ours = kernel_basis(jnp.asarray(directions, jnp.float32), degrees, degrees)
+    factors = {}
+    for (k, degree), name in sorted(names.items()):
+        wanted = np.moveaxis(np.asarray(ours[k, degree], np.float64), -3, -1)
+        given = np.asarray(tensors[name], np.float64)
+        if given.size != wanted.size:
+            raise ValueError(
+                f"{name} must have the entries of {wanted.shape}, kernels of {len(directions)} directions; got shape "
+                f"{given.shape}; {_SAVE}"
+            )
+        given = given.reshape(wanted.shape)
+        found = np.sum(given * wanted, axis=(0, 1, 2)) / np.sum(np.square(wanted), axis=(0, 1, 2))
+        error = np.max(np.abs(given - found * wanted), axis=(0, 1, 2)) / np.max(np.abs(wanted), axis=(0, 1, 2))
+        # In float32 it is 1e-6.
+        if not np.all(error <= 1e-3 * np.abs(found)) or not np.all(found):
+            raise ValueError(
+                f"{name} must be our kernels of basis.direction up to a factor for each J; it is off by "
+                f"{np.round(error, 4).tolist()} with factors {np.round(found, 4).tolist()}; {_SAVE}"
+            )
+        factors[k, degree] = found * (-1.0) ** np.arange(abs(k - degree), k + degree + 1)
+    return factors
+
+
+def radial_kernel_from_reference(
+    tensors: Mapping[str, Any],
+    prefix: str,
+    in_channels: Mapping[int, int],
+    features: Sequence[int],
+    factors: Mapping[tuple[int, int], np.ndarray],
+    *,
+    appended: bool = False,
+) -> dict[str, np.ndarray]:
+    """Return the parameters of a `RadialKernel` from the reference's networks of all pairs of degrees.
+
+    Args:
+      tensors: arrays by the reference's names.
+      prefix: of the names, before `kernel_unary`.
+      in_channels: of each degree of the input that there is.
+      features: of the `RadialKernel`.
+      factors: (k, l) to the factors of its last layer's weights, one for each J, see `basis_factors`.
+      appended: whether the last vector of the input is that of the edge (`relative="concatenate"`), which points the
+        other way in the reference.
+
+    Returns:
+      The parameters, in the dtype of the tensors.
+
+    Raises:
+      ValueError: if the shapes of the last layers do not fit.
+    """
+    named = radial_networks(prefix, in_channels, features)
+    nets = named.values()
+    params: dict[str, np.ndarray] = {}
+    for layer, (linear, norm) in enumerate(((0, 1), (3, 4))):
+        params[f"hidden_kernel_{layer}"] = np.stack([np.asarray(tensors[f"{net}.{linear}.weight"]).T for net in nets])
+        params[f"hidden_bias_{layer}"] = np.stack([tensors[f"{net}.{linear}.bias"] for net in nets])
+        params[f"norm_scale_{layer}"] = np.stack([tensors[f"{net}.{norm}.bn.weight"] for net in nets])
+        params[f"norm_bias_{layer}"] = np.stack([tensors[f"{net}.{norm}.bn.bias"] for net in nets])
+    kernels, biases = [], []
+    for (k, degree), net in named.items():
+        weight, bias = np.asarray(tensors[f"{net}.6.weight"]), np.asarray(tensors[f"{net}.6.bias"])
+        # Ours are divided by the root of the number of terms.
+        terms = sum(count * (2 * min(other, degree) + 1) for other, count in in_channels.items())
+        scale = np.tile(factors[k, degree] * math.sqrt(terms), (features[degree], in_channels[k], 1))
+        if appended and k == 1:
+            scale[:, -1] *= -1
+        if bias.shape != (scale.size,) or weight.shape[:1] != bias.shape:
+            raise ValueError(
+                f"{net}.6 must have {scale.size} outputs for {in_channels[k]} channels to {features[degree]}; got "
+                f"weights {weight.shape} and biases {bias.shape}; set the model's fields as the reference has them"
+            )
+        kernels.append((weight.T * scale.reshape(-1)).astype(weight.dtype))
+        biases.append((bias * scale.reshape(-1)).astype(bias.dtype))
+    return {**params, "kernel": np.concatenate(kernels, axis=1), "bias": np.concatenate(biases)}
+
+
+def radial_networks(prefix: str, in_channels: Mapping[int, int], features: Sequence[int]) -> dict[tuple[int, int], str]:
+    """Return the reference's names of the radial networks of all pairs of degrees, in our order."""
+    return {
+        (k, degree): f"{prefix}kernel_unary.({k},{degree}).rp.net"
+        for k in sorted(in_channels)
+        for degree, _ in present(features)
+    }

@@ -20,7 +20,12 @@ from jaxlayers.equivariant.se3_transformer import (
     SE3Particles,
     SE3Transformer,
 )
-from jaxlayers.equivariant.tensor_field import AttentiveSelfInteraction, FiberNormNonlinearity, TensorFieldConv
+from jaxlayers.equivariant.tensor_field import (
+    AttentiveSelfInteraction,
+    FiberNormNonlinearity,
+    TensorFieldConv,
+    radial_kernel_from_reference,
+)
 from jaxlayers.geometry.groups import Euclidean, Orthogonal, Product, Rotation, SpecialEuclidean, Symmetric
 from jaxlayers.geometry.harmonics import clebsch_gordan, spherical_harmonics
 from jaxlayers.ops.neighbours import Neighbours, everyone, k_nearest
@@ -281,33 +286,11 @@ def test_permuted_points_give_permuted_positions_and_features(rng):
     assert_trees_close(found, jax.tree.map(lambda leaf: leaf[:, order], apply(x, nodes)))
 
 
-def reference_kernel(golden, prefix, in_channels, features):
-    """Return the parameters of a `RadialKernel` from those of the reference, whose basis has other signs and sizes."""
-    pairs = [(k, degree) for k in sorted(in_channels) for degree, count in enumerate(features) if count]
-    nets = [f"{prefix}kernel_unary.({k},{degree}).rp.net" for k, degree in pairs]
-    params = {}
-    for layer, (linear, norm) in enumerate(((0, 1), (3, 4))):
-        params[f"hidden_kernel_{layer}"] = np.stack([golden[f"{net}.{linear}.weight"].T for net in nets])
-        params[f"hidden_bias_{layer}"] = np.stack([golden[f"{net}.{linear}.bias"] for net in nets])
-        params[f"norm_scale_{layer}"] = np.stack([golden[f"{net}.{norm}.bn.weight"] for net in nets])
-        params[f"norm_bias_{layer}"] = np.stack([golden[f"{net}.{norm}.bn.bias"] for net in nets])
-    factors = [
-        np.tile(golden[f"factor_{k}_{degree}"], features[degree] * in_channels[k])
-        * np.sqrt(sum(count * (2 * min(other, degree) + 1) for other, count in in_channels.items()))
-        for k, degree in pairs
-    ]
-    params["kernel"] = np.concatenate(
-        [golden[f"{net}.6.weight"].T * factor for net, factor in zip(nets, factors, strict=True)], axis=1
-    )
-    params["bias"] = np.concatenate(
-        [golden[f"{net}.6.bias"] * factor for net, factor in zip(nets, factors, strict=True)]
-    )
-    return params
-
-
 def test_layers_equal_the_reference_code():
     with np.load(GOLDEN) as file:
         golden = {name: file[name].astype(np.float64) for name in file.files if name != "provenance"}
+    factors = {(k, degree): golden[f"factor_{k}_{degree}"] for k in range(3) for degree in range(3)}
+    kernel = functools.partial(radial_kernel_from_reference, factors=factors)
     with jax.enable_x64(True):
         x = jnp.asarray(golden["positions"])
         weights = jnp.asarray(golden["weights"]).reshape(5, 4, 1)
@@ -324,14 +307,14 @@ def test_layers_equal_the_reference_code():
                 np.testing.assert_allclose(part, expected, atol=1e-5 * np.max(np.abs(expected)))
 
         convolution = {
-            "messages": {"kernel": reference_kernel(golden, "convolution/0/", {0: 2, 1: 1}, (4, 4, 4))},
+            "messages": {"kernel": kernel(golden, "convolution/0/", {0: 2, 1: 1}, (4, 4, 4))},
             "self": {f"kernel_{degree}": golden[f"convolution/0/kernel_self.{degree}"][0].T for degree in (0, 1)},
         }
         first = {
             "query": linear("attention/0/GMAB.q.transform", (0, 1)),
             "edges": {
-                "key": reference_kernel(golden, "attention/0/GMAB.k.", {0: 2, 1: 1}, (2, 2)),
-                "value": reference_kernel(golden, "attention/0/GMAB.v.", {0: 2, 1: 1}, (2, 2, 2)),
+                "key": kernel(golden, "attention/0/GMAB.k.", {0: 2, 1: 1}, (2, 2)),
+                "value": kernel(golden, "attention/0/GMAB.v.", {0: 2, 1: 1}, (2, 2, 2)),
             },
             "project": linear("attention/0/project.transform", (0, 1, 2)),
         }
@@ -340,8 +323,8 @@ def test_layers_equal_the_reference_code():
         last = {
             "query": linear("attention/2/GMAB.q.transform", (1,)),
             "edges": {
-                "key": reference_kernel(golden, "attention/2/GMAB.k.", inner, (0, 2)),
-                "value": reference_kernel(golden, "attention/2/GMAB.v.", inner, (0, 2)),
+                "key": kernel(golden, "attention/2/GMAB.k.", inner, (0, 2)),
+                "value": kernel(golden, "attention/2/GMAB.v.", inner, (0, 2)),
             },
             "project": {
                 "norm_1": {
