@@ -294,8 +294,7 @@ python -m tools.convert run swin/ program/ --to stablehlo                # also 
 
 - **Formats read**: safetensors, PyTorch (`.pth`, `.pt`, `.bin`, zip or older) without PyTorch and without running what
   a file holds, `.npz`, Flax msgpack, indexes of several files, folders of Hugging Face (`config.json` picks the model)
-  and our own, Orbax checkpoints of variables. HDF5 is not
-  read: no reference of these models exists only so.
+  and our own, Orbax checkpoints of variables. HDF5 is not read: no reference of these models has only that.
 - **Accounting**: every tensor is converted, ignored by a rule that states its reason, or stops the conversion unless
   `--allow` names it. `--report` writes all of it as JSON. A classifier of another size begins anew, a first kernel for
   other channels is fitted, windows and images are resized from what `--was` says; each is reported.

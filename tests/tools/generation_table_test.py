@@ -66,6 +66,25 @@ def test_labelled_pictures_are_those_of_the_training_split():
     np.testing.assert_array_equal(np.bincount(labels), 2)
 
 
+def test_words_follow_the_figures():
+    def score(*distances, peaks):
+        return generation_table.Score(
+            distances={str(step): value for step, value in enumerate(distances)},
+            halves=1.0,
+            accuracy=1.0,
+            spectra={},
+            peaks=peaks,
+            samples=1,
+            seconds=1.0,
+        )
+
+    falls = generation_table.verdict("digits", score(100.0, 50.0, 20.0, peaks={}))
+    assert falls == "From first to last the distance of the digits falls by a factor of 5, at every step shown."
+    rises = generation_table.verdict("crops", score(10.0, 5.0, 20.0, peaks={"generated": 30.0, "training": 2.0}))
+    assert "does not fall; it rises 1 of 2 times" in rises
+    assert "15 times as strong" in rises
+
+
 def test_page_is_written_from_a_run_and_a_second_call_reads_it(tmp_path, monkeypatch, capsys):
     load = configs.load
 

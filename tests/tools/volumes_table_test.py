@@ -88,6 +88,8 @@ def test_page_is_written_from_a_run(tmp_path):
 
 
 @pytest.mark.slow
-def test_recomputing_leaves_room_for_a_volume_of_96():
-    kept, recomputed = (volumes_table.memory(policy, 96) for policy in ("none", "full"))
-    assert recomputed < 0.6 * kept
+def test_a_volume_of_96_trains_within_the_stated_memory():
+    # By the CPU's compiler recomputing saves nothing, as docs/volumes.md says.
+    smaller, whole = (volumes_table.memory("none", size) for size in (64, 96))
+    assert smaller < 0.5 * whole
+    assert whole < 6
