@@ -48,7 +48,8 @@ def pytest_collection_modifyitems(items):
     """Leave to the extended suite what takes long: every test of `long.txt`, the tables of tools, and counts.
 
     `long.txt` has the names of tests that took more than 2 seconds of a processor when they were last measured, by
-    `pytest --costs FILE`. Of the counts of a family's variants the first is made by default: tracing them takes long.
+    `pytest --costs FILE`; 3 where a file would keep less than half of its tests. Of the counts of a family's variants
+    the first is made by default: tracing them takes long.
     """
     for item in items:
         name = getattr(item, "originalname", "") or ""

@@ -180,8 +180,9 @@ What a network has over bicubic enlargement, on the mean of the three:
 The networks are those of `configs/drct_super_resolution.py`: {steps:,} steps on 8 crops of {crop} x {crop} pixels of
 low resolution out of 14 other photographs, least absolute error. Each adds to the bicubic picture what it finds, which
 the published DRCT does not; that, the small width and minutes of training instead of days are why nothing here can be
-compared with published figures. {rival}One run each, with one seed. Learning rate, window and how the last convolution
-starts were chosen at x2 by the PSNR on crops of coffee, china.jpg and coins, which were left out of training for that.
+compared with published figures. {rival}One run each, with one seed. The learning
+rate and how the last convolution starts were chosen at x2 by the PSNR on crops of coffee, china.jpg and coins, which
+were left out of training for that; window and width are small to be quick and were not compared by themselves.
 
 Strength of the feature maps (mean absolute value) before the groups and after each, where the paper sees an information
 bottleneck if it falls at the end:
