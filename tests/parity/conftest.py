@@ -16,6 +16,12 @@ def torchvision():
     return bench_worker.torchvision()
 
 
+@pytest.fixture(autouse=True)
+def seeded(torchvision):
+    """Make PyTorch draw the same weights in every run."""
+    importlib.import_module("torch").manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def timm(torchvision):
     return pytest.importorskip("timm")
