@@ -143,6 +143,9 @@ def _macs(jaxpr: Jaxpr, outer: tuple[str, ...] | None) -> Iterator[tuple[tuple[s
             yield scope, _dot_macs(equation)
         elif name == "conv_general_dilated":
             yield scope, _conv_macs(equation)
+        elif name == "pallas_call" and equation.params["cost_estimate"] is not None:
+            # The program of one block; how often it runs, and what of it is padding, the kernel itself says.
+            yield scope, equation.params["cost_estimate"].flops // 2
         elif name == "cond":
             branches = [list(_macs(branch.jaxpr, scope)) for branch in equation.params["branches"]]
             yield from max(branches, key=lambda found: sum(count for _, count in found))

@@ -346,7 +346,7 @@ def compiled_evaluation(config: Any, devices: Sequence[Any], batch: Any, place: 
     mesh = meshes.build(config.mesh, devices)
     fields = {name: leaf for name, leaf in batch.items() if name != evaluate.WEIGHT}
     state = program.build(config, mesh, fields).abstract
-    step = evaluate.evaluation_step(config.model, config.task)
+    step = evaluate.evaluation_step(config.model, config.task, config.kernels)
     rows = steps.abstract(batch, meshes.batch_shardings(batch, mesh))
 
     def compile_it() -> Any:
@@ -364,11 +364,14 @@ def described(compile_it: Any, mesh: Any, place: Any, text: str = "") -> dict[st
     """Return memory, costs and reading of what a function compiles, or why the compiler refused."""
     import jax
 
+    from jaxlayers.kernels import dispatch
     from tools import plan_read
 
     began = time.perf_counter()
     try:
-        program = compile_it()
+        # The kernels of what is compiled for, which is not here.
+        with dispatch.use("jnp", platform="tpu" if place.chip.is_tpu else "gpu"):
+            program = compile_it()
     except jax.errors.JaxRuntimeError as error:
         short = plan_read.out_of_memory(str(error))
         if short is None:

@@ -110,8 +110,10 @@ def state_bytes(config: Config, state: Any, mesh: AbstractMesh, batch: Mapping[s
 
 def model_flops(config: Config, batch: Mapping[str, Any], known_macs: int | None = None) -> int:
     """Return the operations of a step without any recomputation, over all devices."""
-    plain = dataclasses.replace(config, model=without_recomputation(config.model), remat="none", accumulate=1)
-    if known_macs is not None and plain.model == config.model and config.remat == "none" and config.accumulate == 1:
+    plain = dataclasses.replace(
+        config, model=without_recomputation(config.model), remat="none", kernels="jnp", accumulate=1
+    )
+    if known_macs is not None and plain == config:
         return 2 * known_macs
     whole, built = _whole(plain, batch)
     with meshes.use(whole):

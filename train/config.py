@@ -55,6 +55,8 @@
 - **Memory.** `accumulate=4` takes the batch in four pieces; `remat="attention"` recomputes attention's scores in the
   backward pass (other names in `jaxlayers.core.remat`); `model.dtype=bfloat16` computes in half precision while
   parameters, optimiser and averages stay in float32.
+- **Kernels.** `kernels="table"` takes the library's Pallas kernels where they are found faster than what XLA makes of
+  the same layer (on TPU; `jaxlayers.kernels.dispatch`); parameters and results stay the same.
 - **Averages.** `ema_decay=0.9999` keeps a moving average of the parameters, which is what is evaluated and exported.
 - **Starting from weights.** `start_from=StartFrom("runs/pretrained", exclude=("^head/",))` begins with a backbone under
   a new head and logs what was loaded, skipped and left fresh; `Optim(freeze=("^stage_[01]/",))` keeps parts of it,
@@ -84,12 +86,13 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlayers.kernels import dispatch
 from jaxlayers.testing import Symmetry
 
 Batch = Mapping[str, Any]
@@ -266,6 +269,8 @@ class Config:
       mesh: layout of the devices.
       accumulate: pieces that the batch is cut into; their gradients are averaged before the one optimiser step.
       remat: what the backward pass computes anew instead of keeping it, a name of `jaxlayers.core.remat.POLICIES`.
+      kernels: "jnp", "pallas", or "table", which takes Pallas kernels where they are found faster; see
+        `jaxlayers.kernels.dispatch`.
       ema_decay: per step, of the averaged parameters that are then evaluated in place of the last ones; `None` = off.
       start_from: weights of another run or file that a new run begins with.
       train_transform: `(record, generator) -> record`, the augmentation; `None` = none.
@@ -308,6 +313,7 @@ class Config:
     mesh: MeshShape = MeshShape()
     accumulate: int = 1
     remat: str = "none"
+    kernels: dispatch.Choice = "jnp"
     ema_decay: float | None = None
     start_from: StartFrom | None = None
     train_transform: Transform | None = None
@@ -347,7 +353,11 @@ class Config:
         _at_least("workers", self.workers, 0)
         if self.mode not in ("max", "min"):
             raise ValueError(f'mode={self.mode!r} must be "max" or "min"; set mode to how metric is ranked')
-        for name, choices in (("on_corrupt", ("stop", "skip")), ("on_nonfinite", ("stop", "skip", "roll_back"))):
+        for name, choices in (
+            ("on_corrupt", ("stop", "skip")),
+            ("on_nonfinite", ("stop", "skip", "roll_back")),
+            ("kernels", get_args(dispatch.Choice)),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {choices}; set {name}")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxlayers.kernels import dispatch
 from jaxlayers.testing import EquivarianceCurve, Symmetry, equivariance_error
 from train import mesh as meshes
 from train.config import Batch, Task
@@ -35,7 +36,7 @@ class Evaluation:
     examples: int
 
 
-def evaluation_step(model: nn.Module, task: Task) -> Callable[[Any, Any, Batch], dict[str, Any]]:
+def evaluation_step(model: nn.Module, task: Task, kernels: str = "jnp") -> Callable[[Any, Any, Batch], dict[str, Any]]:
     """Return the function `(params, collections, batch) -> sums` over the examples of weight 1."""
 
     def step(params: Any, collections: Any, batch: Batch) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def evaluation_step(model: nn.Module, task: Task) -> Callable[[Any, Any, Batch],
             result["confusion"] = jnp.einsum("bt,bp->tp", truth, prediction)
         return result
 
-    return step
+    return dispatch.using(step, kernels)
 
 
 def jit_evaluation(step: Callable[..., dict[str, Any]], params: Any, collections: Any, mesh: Mesh) -> Any:

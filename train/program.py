@@ -67,5 +67,5 @@ def build(config: Config, mesh: Mesh, example: Mapping[str, Any]) -> Program:
         abstract=steps.abstract(shapes, meshes.shardings(shapes, mesh, config.mesh.rules)),
         create=create,
         train_step=steps.train_step(config, transform, learning_rate),
-        evaluation_step=evaluate.evaluation_step(config.model, config.task),
+        evaluation_step=evaluate.evaluation_step(config.model, config.task, config.kernels),
     )

@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxlayers.core import remat
+from jaxlayers.kernels import dispatch
 from train import data, optim
 from train import mesh as meshes
 from train.config import Batch, Config, Loss
@@ -114,7 +115,7 @@ def train_step(config: Config, transform: optax.GradientTransformation, learning
             metrics["corrupt_records"] = jnp.sum(corrupt)
         return new, metrics
 
-    return step
+    return dispatch.using(step, config.kernels)
 
 
 MIX = 1 << 20

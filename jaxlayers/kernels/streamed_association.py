@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxlayers.core import axes
 from jaxlayers.core.dtypes import at_least_float32
-
-Kernel = Literal["jnp", "pallas"]
+from jaxlayers.kernels.dispatch import Kernel, check_kernel
 
 
 class Streamed(NamedTuple):
@@ -120,8 +119,7 @@ def streamed_association(
             raise ValueError(
                 f"patterns={count} must divide by the {parts} devices along {axis}; pad them and mask what is padding"
             )
-    if kernel not in get_args(Kernel):
-        raise ValueError(f"kernel={kernel!r} must be one of {get_args(Kernel)}; set kernel")
+    check_kernel(kernel)
     beta = jnp.asarray(beta, at_least_float32(jnp.promote_types(state.dtype, stored.dtype)))
     plan = _Plan(chunk_size, axis, kernel, float(dropout_rate))
     if kernel == "pallas":

@@ -25,6 +25,7 @@ from jaxlayers.core.labels import no_decay as no_decay
 from jaxlayers.core.labels import pyramid_layer_ids
 from jaxlayers.core.pyramid import Level
 from jaxlayers.core.types import Dtype, Initializer, Params, PRNGKey
+from jaxlayers.kernels import dispatch
 from jaxlayers.nn.drop_path import DropPath, drop_path_rates
 from jaxlayers.nn.feed_forward import FeedForward
 from jaxlayers.nn.learned_table import learned_table
@@ -64,7 +65,7 @@ class WindowAttention(nn.Module):
 
     Collections:
       The RNG stream `dropout`, when `deterministic=False` and the rate is not 0. The weights are sown as
-      `attention_weights` in `intermediates`.
+      `attention_weights` in `intermediates`, but for those of a kernel (`kernels.dispatch`).
 
     Cost:
       4 C^2 + 2 tokens C multiply-accumulates a token of width C: linear in the number of windows.
@@ -138,21 +139,29 @@ class WindowAttention(nn.Module):
             kernel_init=self.kernel_init,
             bias_init=self.bias_init,
         )
-        query, key, value = (
-            axes.constrain_heads(split_heads(dense(use_bias=self.use_bias, name=name)(x), self.num_heads), *names)
-            for name in ("query", "key", "value")
-        )
+        query, key, value = (dense(use_bias=self.use_bias, name=name)(x) for name in ("query", "key", "value"))
         rows = math.prod(2 * length - 1 for length in self.window_size)
         size = f"window_size={self.window_size}"
         table = learned_table(self, _TABLE, truncated_normal(), (rows, self.num_heads), self.param_dtype, size=size)
         bias = relative_position_bias(table, window, self.window_size).astype(at_least_float32(query.dtype))
         bias = axes.constrain(bias, axes.HEADS, None, None)
+        scale = (features // self.num_heads) ** -0.5
+        dropout_rate = 0.0 if deterministic else self.attention_dropout_rate
+        if dispatch.window_kernel(x.shape[-2], features // self.num_heads, query.dtype, dropout_rate) == "pallas":
+            # It takes over a second to import.
+            from jaxlayers.kernels import pallas_window
+
+            context = pallas_window.window_attention(query * scale, key, value, bias, mask, names=names)
+            return dense(name="out")(context)
+        query, key, value = (
+            axes.constrain_heads(split_heads(each, self.num_heads), *names) for each in (query, key, value)
+        )
         # Apart from the bias, whose gradient is then one sum over images and windows; half the lowest number cannot
         # overflow in the sum.
         blocked = None if mask is None else jnp.where(mask[..., None, :, :], 0.0, 0.5 * jnp.finfo(query.dtype).min)
 
         def attend(module: nn.Module, query: Array, key: Array, value: Array, bias: Array) -> Array:
-            logits = jnp.matmul(query * (features // self.num_heads) ** -0.5, jnp.swapaxes(key, -1, -2))
+            logits = jnp.matmul(query * scale, jnp.swapaxes(key, -1, -2))
             logits = logits if blocked is None else logits + blocked.astype(logits.dtype)
             weights = attention_weights(logits, bias=bias)
             module.sow("intermediates", "attention_weights", weights)

@@ -23,6 +23,7 @@ from jaxlayers.core.initializers import truncated_normal, zeros
 from jaxlayers.core.pyramid import Level
 from jaxlayers.core.safe import safe_normalize
 from jaxlayers.core.types import Dtype, Initializer, Params
+from jaxlayers.kernels import dispatch
 from jaxlayers.nn.drop_path import DropPath, drop_path_rates
 from jaxlayers.nn.feed_forward import FeedForward
 from jaxlayers.nn.multi_head import attention_weights, merge_heads, split_heads
@@ -169,7 +170,7 @@ class CosineWindowAttention(nn.Module):
 
     Collections:
       The RNG stream `dropout`, when `deterministic=False` and the rate is not 0. The weights are sown as
-      `attention_weights` in `intermediates`.
+      `attention_weights` in `intermediates`, but for those of a kernel (`kernels.dispatch`).
 
     Cost:
       4 C^2 + 2 tokens C multiply-accumulates a token of width C: linear in the number of windows.
@@ -241,17 +242,34 @@ class CosineWindowAttention(nn.Module):
         }
         dense = functools.partial(nn.Dense, features, dtype=self.dtype, **init)
         query, key, value = (
-            axes.constrain_heads(split_heads(dense(use_bias=with_bias, name=name)(x), self.num_heads), *names)
+            dense(use_bias=with_bias, name=name)(x)
             for name, with_bias in (("query", self.use_bias), ("key", False), ("value", self.use_bias))
         )
         wide = at_least_float32(query.dtype)
-        # Padding is zero, and so is its key: a norm with a gradient there is needed.
-        query, key = (safe_normalize(one.astype(wide)).astype(one.dtype) for one in (query, key))
         offsets = jnp.asarray(relative_offsets(window, self.pretrained_window_size), wide)
         table = ContinuousPositionBias(self.num_heads, name="position_bias", **init)(offsets)
         bias = axes.constrain(relative_position_bias(table, window).astype(wide), axes.HEADS, None, None)
         tau = self.param("logit_scale", constant(math.log(10.0)), (self.num_heads,), self.param_dtype)
         scale = jnp.exp(jnp.minimum(tau.astype(wide), _MAX_LOGIT_SCALE))
+
+        def normed(x: Array) -> Array:
+            # Padding is zero, and so is its key: a norm with a gradient there is needed.
+            return safe_normalize(x.astype(wide)).astype(x.dtype)
+
+        dropout_rate = 0.0 if deterministic else self.attention_dropout_rate
+        if dispatch.window_kernel(x.shape[-2], features // self.num_heads, query.dtype, dropout_rate) == "pallas":
+            # It takes over a second to import.
+            from jaxlayers.kernels import pallas_window
+
+            query, key = (
+                normed(one.reshape(*one.shape[:-1], self.num_heads, -1)).reshape(one.shape) for one in (query, key)
+            )
+            context = pallas_window.window_attention(query, key, value, bias, mask, scale=scale, names=names)
+            return dense(name="out")(context)
+        query, key, value = (
+            axes.constrain_heads(split_heads(each, self.num_heads), *names) for each in (query, key, value)
+        )
+        query, key = normed(query), normed(key)
         # Half the lowest number cannot overflow in the sum.
         blocked = None if mask is None else jnp.where(mask[..., None, :, :], 0.0, 0.5 * jnp.finfo(wide).min)
 

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 from tests.train import shared_cache
 from tests.train.config_test import TINY
 from train import mesh as meshes
+from train import program
 from train.config import MeshShape, Optim, Task, load
 from train.data import CORRUPT
 from train.loop import first_state, prepare
@@ -352,6 +353,21 @@ def test_recomputation_changes_no_step(start, alone, name):
     config = dataclasses.replace(load(TINY), test_data=None, metric=None, remat=name)
     losses, _ = curve(prepare(config, jax.devices()[:1]), start[1])
     np.testing.assert_allclose(losses, alone[0], rtol=0, atol=2e-5)
+
+
+def test_a_step_has_the_kernels_of_its_config():
+    def found(kernels):
+        config = dataclasses.replace(load("configs/swin_digits.py", smoke=True), kernels=kernels)
+        mesh = meshes.build(config.mesh, jax.devices()[:1])
+        batch = {"image": jnp.zeros((4, 8, 8, 1)), "label": jnp.zeros(4, jnp.int32)}
+        built = program.build(config, mesh, batch)
+        with meshes.use(mesh):
+            return str(jax.make_jaxpr(built.train_step)(built.abstract, batch)).count("pallas_call")
+
+    assert found("jnp") == found("table") == 0
+    assert found("pallas") > 0
+    with pytest.raises(ValueError, match="kernels='mosaic' must be one of"):
+        plain(kernels="mosaic")
 
 
 def test_an_unknown_recomputation_is_refused():

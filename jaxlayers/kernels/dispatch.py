@@ -1,0 +1,133 @@
+"""Which of several kernels computes what has more than one: compositions of JAX operations, or Pallas kernels.
+
+The choice is made while a function is traced, by the innermost `use` around it:
+
+    with dispatch.use("table"):
+        logits = jax.jit(model.apply)(variables, x)
+
+"jnp", the default, serves everything everywhere. "pallas" takes a Pallas kernel wherever there is one, and refuses what
+that does not serve. "table" takes it where `WINDOW_TABLE` says that it is faster on the platform, and "jnp" elsewhere.
+Parameters, values and gradients are the same.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, TypeVar, get_args
+
+import jax
+import jax.numpy as jnp
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+Kernel = Literal["jnp", "pallas"]
+"""A composition of JAX operations, or a Pallas kernel."""
+
+Choice = Literal["jnp", "pallas", "table"]
+
+MOST_WINDOW_TOKENS = 256
+"""Of a window that `pallas_window` serves."""
+
+# Part of the key of JAX's tracing caches: a jitted function is traced again under another value.
+_scope = jax.make_user_context(("jnp", ""))
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """When the Pallas kernel for windows is taken.
+
+    Attributes:
+      platform: what the program is compiled for.
+      tokens: the fewest and the most tokens of a window.
+      dim: the fewest and the most features of a head.
+    """
+
+    platform: str
+    tokens: tuple[int, int]
+    dim: tuple[int, int]
+
+
+# By the TPU compiler's estimates, see docs/decisions/window_kernel.md; on no other platform is there a kernel.
+WINDOW_TABLE: tuple[Row, ...] = (Row("tpu", tokens=(16, 144), dim=(16, 64)),)
+
+
+@contextlib.contextmanager
+def use(choice: str, *, platform: str = "") -> Iterator[None]:
+    """Choose the kernels of what is traced within.
+
+    Args:
+      choice: see above.
+      platform: what is compiled for, where that is not the default backend, as when a TPU's program is compiled on a
+        machine without one.
+
+    Raises:
+      ValueError: if there is no such choice.
+    """
+    if choice not in get_args(Choice):
+        raise ValueError(f"kernels={choice!r} must be one of {get_args(Choice)}; set kernels")
+    with _scope((choice, platform)):
+        yield
+
+
+def using(fn: _F, choice: str) -> _F:
+    """Return `fn` run under `use`, with the platform of the scope around it."""
+
+    @functools.wraps(fn)
+    def under(*arguments: Any, **keywords: Any) -> Any:
+        with use(choice, platform=_scope.value[1]):
+            return fn(*arguments, **keywords)
+
+    return under  # type: ignore[return-value]
+
+
+def check_kernel(kernel: str) -> str:
+    """Return the name of a kernel.
+
+    Raises:
+      ValueError: if there is none of that name.
+    """
+    if kernel not in get_args(Kernel):
+        raise ValueError(f"kernel={kernel!r} must be one of {get_args(Kernel)}; set kernel")
+    return kernel
+
+
+def window_kernel(tokens: int, dim: int, dtype: Any, dropout_rate: float) -> Kernel:
+    """Return which kernel computes an attention within windows.
+
+    Args:
+      tokens: tokens of a window.
+      dim: features of a head.
+      dtype: of queries, keys and values.
+      dropout_rate: of the weights.
+
+    Raises:
+      ValueError: if "pallas" was chosen and its kernel does not serve this.
+    """
+    choice, platform = _scope.value
+    if choice == "jnp":
+        return "jnp"
+    platform = platform or jax.default_backend()
+    refusal = _refusal(tokens, dtype, dropout_rate, platform)
+    if choice == "pallas":
+        if refusal:
+            raise ValueError(f"{refusal} with kernels='pallas'; choose 'table' or 'jnp'")
+        return "pallas"
+    fits = any(
+        platform == row.platform and row.tokens[0] <= tokens <= row.tokens[1] and row.dim[0] <= dim <= row.dim[1]
+        for row in WINDOW_TABLE
+    )
+    return "pallas" if fits and not refusal else "jnp"
+
+
+def _refusal(tokens: int, dtype: Any, dropout_rate: float, platform: str) -> str:
+    """Return which rule of the kernel for windows a call breaks; empty = none."""
+    if platform not in ("cpu", "tpu"):
+        return f"platform {platform!r} must be TPU (or CPU, interpreted)"
+    if dropout_rate:
+        return f"attention_dropout_rate={dropout_rate} must be 0"
+    if tokens > MOST_WINDOW_TOKENS:
+        return f"windows of {tokens} tokens must have at most {MOST_WINDOW_TOKENS}"
+    if dtype not in (jnp.float32, jnp.bfloat16):
+        return f"dtype={dtype} must be float32 or bfloat16"
+    return ""
