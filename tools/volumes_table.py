@@ -59,7 +59,7 @@ def trained(config: Config, folder: Path) -> dict[str, tuple[Predict, int]]:
         print(f"{name}: {place}", file=sys.stderr, flush=True)
         # Just as `python -m train` has them, so that what is trained is not trained again.
         alone = dataclasses.replace(config, model=model, rivals={}, baselines=None, extra_tests={})
-        params = loop.train(alone, place, devices=jax.devices()[:1], silent=True).state.params
+        params = loop.train(alone, place, devices=jax.devices()[:1], silent=True).state.evaluated
         found[name] = (
             jax.jit(functools.partial(model.apply, {"params": params})),
             sum(leaf.size for leaf in jax.tree.leaves(params)),

@@ -41,6 +41,7 @@ def window_attention(
     mask: Bool[Array, "*grid tokens tokens"] | None = None,
     *,
     scale: Float[Array, "heads"] | None = None,
+    shifts: Float[Array, "3 features"] | None = None,
     names: tuple[str, ...] = (axes.WINDOWS,),
 ) -> Float[Array, "*windows tokens features"]:
     """Return softmax(s Q K^T + B) V of every window and head; the heads' features lie side by side.
@@ -56,6 +57,8 @@ def window_attention(
       bias: added to the scores, alike in every window.
       mask: true where a query (second axis) may attend to a key (last axis); each query may to at least one.
       scale: s of each head, by which the scores are multiplied in float32; `None` = 1.
+      shifts: added to every query, key and value, in this order: the biases of the projections that they come from,
+        whose gradients would else take XLA a pass over all tokens each; `None` = none.
       names: logical axes of the windows, one or more, which the mask has too.
 
     Returns:
@@ -74,7 +77,7 @@ def window_attention(
             "each window; pass such"
         )
     blocked = None if mask is None else jnp.where(mask, 0, jnp.asarray(_BLOCKED, jnp.bfloat16))
-    return _attend(names, query, key, value, bias, scale, blocked)
+    return _attend(names, query, key, value, bias, scale, shifts, blocked)
 
 
 # Forward and backward, on all devices ---------------------------------------------------------------------------------
@@ -86,24 +89,25 @@ def _attend(names: tuple[str, ...], *operands: Any) -> Any:
 
 
 def _keep(names: tuple[str, ...], *operands: Any) -> tuple[Any, Any]:
-    query, _, _, bias, _, _ = operands
+    query, _, _, bias, *_ = operands
     split = _Split.of(names, query.shape, len(bias))
     return split.on_devices(_forward, split.operands, split.tokens)(*operands), operands
 
 
 def _return(names: tuple[str, ...], kept: Any, gradient: Any) -> tuple[Any, ...]:
-    query, _, value, bias, scale, _ = kept
+    query, _, value, bias, scale, shifts, _ = kept
     split = _Split.of(names, query.shape, len(bias))
 
     def local(*operands: Any) -> tuple[Any, ...]:
-        *gradients, of_bias, of_scale = _backward(*operands)
-        # Each device has the gradients of bias and scale from its own windows.
+        gradients = _backward(*operands)
+        # Each device has those of what all windows share from its own windows.
         others = tuple(name for each in split.leading for name in each)
-        return *gradients, *(jax.lax.psum((of_bias, of_scale), others) if others else (of_bias, of_scale))
+        return gradients[:3] + (jax.lax.psum(gradients[3:], others) if others else gradients[3:])
 
-    each = split.on_devices(local, (*split.operands, split.tokens), split.operands[:5])
-    *gradients, of_bias, of_scale = each(*kept, gradient.astype(value.dtype))
-    return *gradients, of_bias.astype(bias.dtype), None if scale is None else of_scale.astype(scale.dtype), None
+    each = split.on_devices(local, (*split.operands, split.tokens), split.operands[:6])
+    *gradients, of_bias, of_scale, of_shifts = each(*kept, gradient.astype(value.dtype))
+    shared = zip((of_bias, of_scale, of_shifts), (bias, scale, shifts), strict=True)
+    return *gradients, *(None if x is None else found.astype(x.dtype) for found, x in shared), None
 
 
 _attend.defvjp(_keep, _return)
@@ -142,9 +146,10 @@ class _Split:
 
     @property
     def operands(self) -> tuple[PartitionSpec, ...]:
-        """Those of queries, keys, values, bias, scale and masks."""
+        """Those of queries, keys, values, bias, scale, shifts and masks."""
         heads, windows = self.heads or None, (each or None for each in self.leading[-self.groups :])
-        return *(self.tokens,) * 3, PartitionSpec(heads), PartitionSpec(heads), PartitionSpec(*windows)
+        shared = (PartitionSpec(heads), PartitionSpec(heads), PartitionSpec(None, heads))
+        return *(self.tokens,) * 3, *shared, PartitionSpec(*windows)
 
     def on_devices(self, local: Callable[..., Any], in_specs: Sequence[Any], out_specs: Any) -> Callable[..., Any]:
         """Return `local` run by each device on its part of the operands; one of them may be `None`."""
@@ -264,10 +269,12 @@ class _Layout:
     def call(
         self, kernel: Callable[..., None], name: str, operands: Sequence[Any], results: Sequence[Any], *, products: int
     ) -> Any:
-        """Run a kernel over all blocks; 3-axis operands are told apart by their shapes."""
+        """Run a kernel over all blocks; operands are told apart by their shapes."""
         features = self.head_block * self.dim
 
         def spec(x: Any) -> pl.BlockSpec:
+            if x.ndim == 2:
+                return pl.BlockSpec((x.shape[0], features), lambda head, window: (0, head))
             if x.shape[1:] == (self.tokens, self.heads * self.dim):
                 return pl.BlockSpec((self.window_block, self.tokens, features), lambda head, window: (window, 0, head))
             if x.dtype == jnp.float32 and x.shape[1:] == (self.rows + 8 * self.scaled, self.width):
@@ -293,40 +300,47 @@ class _Layout:
         return jax.lax.platform_dependent(*operands, cpu=run(interpret=True), tpu=run())
 
 
-def _forward(query: Any, key: Any, value: Any, bias: Any, scale: Any, blocked: Any) -> Any:
+def _forward(query: Any, key: Any, value: Any, bias: Any, scale: Any, shifts: Any, blocked: Any) -> Any:
     shape = query.shape
     query, key, value = (_flat(x) for x in (query, key, value))
     blocked = None if blocked is None else blocked.reshape(-1, *blocked.shape[-2:])
     layout = _Layout.of(query, bias, scale, blocked)
     masks = () if blocked is None else (layout.pad_mask(blocked),)
 
-    def kernel(query: Any, key: Any, value: Any, bias: Any, *rest: Any) -> None:
+    def kernel(query: Any, key: Any, value: Any, bias: Any, shifts: Any, *rest: Any) -> None:
         *mask, out = rest
         windows = range(layout.window_block)
         for index, (first, count) in enumerate(layout.groups):
             lanes = slice(first * layout.dim, (first + count) * layout.dim)
 
-            def read(ref: Any, lanes: slice = lanes) -> list[Any]:
-                return [_fill(ref[window, :, lanes], layout.rows) for window in windows]
+            def read(ref: Any, place: int, lanes: slice = lanes) -> list[Any]:
+                shift = shifts[place : place + 1, lanes]
+                return [_read(ref[window, :, lanes], layout.rows, shift) for window in windows]
 
-            keys = [_diagonal(x, count) for x in read(key)]
-            scores, _ = _scores(layout, read(query), keys, bias[index, :, : count * layout.rows], mask, count)
+            keys = [_diagonal(x, count) for x in read(key, 1)]
+            scores, _ = _scores(layout, read(query, 0), keys, bias[index, :, : count * layout.rows], mask, count)
             weights = [jnp.exp(x - _largest(x, count)).astype(query.dtype) for x in scores]
             ones = _blocks((count * layout.rows, count * layout.dim), count, query.dtype)
             sums = [_dot(x, ones, 1, 0) for x in weights]
-            values = [_dot(x, _diagonal(y, count), 1, 0) for x, y in zip(weights, read(value), strict=True)]
+            values = [_dot(x, _diagonal(y, count), 1, 0) for x, y in zip(weights, read(value, 2), strict=True)]
             for window, x, total in zip(windows, values, sums, strict=True):
                 out[window, :, lanes] = (x / total).astype(out.dtype)[: layout.tokens]
 
     results = [jax.ShapeDtypeStruct(value.shape, value.dtype)]
     (out,) = layout.call(
-        kernel, "window_attention", (query, key, value, layout.pack(bias, scale), *masks), results, products=2
+        kernel,
+        "window_attention",
+        (query, key, value, layout.pack(bias, scale), _rows(shifts, query), *masks),
+        results,
+        products=2,
     )
     return out.reshape(shape)
 
 
-def _backward(query: Any, key: Any, value: Any, bias: Any, scale: Any, blocked: Any, gradient: Any) -> tuple[Any, ...]:
-    """Return the gradients of queries, keys, values, bias and scale."""
+def _backward(
+    query: Any, key: Any, value: Any, bias: Any, scale: Any, shifts: Any, blocked: Any, gradient: Any
+) -> tuple[Any, ...]:
+    """Return the gradients of queries, keys, values, bias, scale and shifts."""
     shape = query.shape
     query, key, value, gradient = (_flat(x) for x in (query, key, value, gradient))
     blocked = None if blocked is None else blocked.reshape(-1, *blocked.shape[-2:])
@@ -334,22 +348,24 @@ def _backward(query: Any, key: Any, value: Any, bias: Any, scale: Any, blocked: 
     masks = () if blocked is None else (layout.pad_mask(blocked),)
     dtype = query.dtype
 
-    def kernel(query: Any, key: Any, value: Any, gradient: Any, bias: Any, *rest: Any) -> None:
-        *mask, by_query, by_key, by_value, by_bias = rest
+    def kernel(query: Any, key: Any, value: Any, gradient: Any, bias: Any, shifts: Any, *rest: Any) -> None:
+        *mask, by_query, by_key, by_value, by_bias, by_shifts = rest
         windows = range(layout.window_block)
 
         @pl.when(pl.program_id(1) == 0)
         def _() -> None:
             by_bias[...] = jnp.zeros_like(by_bias)
+            by_shifts[...] = jnp.zeros_like(by_shifts)
 
         for index, (first, count) in enumerate(layout.groups):
             lanes, width = slice(first * layout.dim, (first + count) * layout.dim), count * layout.rows
 
-            def read(ref: Any, lanes: slice = lanes) -> list[Any]:
-                return [_fill(ref[window, :, lanes], layout.rows) for window in windows]
+            def read(ref: Any, place: int | None = None, lanes: slice = lanes) -> list[Any]:
+                shift = None if place is None else shifts[place : place + 1, lanes]
+                return [_read(ref[window, :, lanes], layout.rows, shift) for window in windows]
 
-            queries, gradients = read(query), read(gradient)
-            keys, values = ([_diagonal(x, count) for x in read(ref)] for ref in (key, value))
+            queries, gradients = read(query, 0), read(gradient)
+            keys, values = ([_diagonal(x, count) for x in read(ref, place)] for place, ref in ((1, key), (2, value)))
             scores, raw = _scores(layout, queries, keys, bias[index, :, :width], mask, count)
             by_weights = [_dot(x, y, 1, 1) for x, y in zip(gradients, values, strict=True)]
             # Rounded before they are summed, so that they sum to one.
@@ -366,24 +382,28 @@ def _backward(query: Any, key: Any, value: Any, bias: Any, scale: Any, blocked: 
                 by_bias[index, layout.rows : layout.rows + 1, :width] += total
                 by_scores = [x * bias[index, layout.rows : layout.rows + 1, :width] for x in by_scores]
             by_scores, weights = ([x.astype(dtype) for x in each] for each in (by_scores, weights))
-            for ref, products in (
+            found = (
                 (by_query, [_dot(x, y, 1, 0) for x, y in zip(by_scores, keys, strict=True)]),
                 (by_key, [_undiagonal(_dot(x, y, 0, 0), count) for x, y in zip(by_scores, queries, strict=True)]),
                 (by_value, [_undiagonal(_dot(x, y, 0, 0), count) for x, y in zip(weights, gradients, strict=True)]),
-            ):
+            )
+            for place, (ref, products) in enumerate(found):
+                # Rows that fill up are zero.
+                total = jnp.sum(functools.reduce(jnp.add, products), axis=0, keepdims=True)
+                by_shifts[place : place + 1, lanes] += total
                 for window, x in zip(windows, products, strict=True):
                     ref[window, :, lanes] = x.astype(ref.dtype)[: layout.tokens]
 
-    packed = layout.pack(bias, scale)
-    results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key, value, packed)]
-    *gradients, of_bias = layout.call(
+    packed, rows = layout.pack(bias, scale), _rows(shifts, query)
+    results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key, value, packed, rows)]
+    *gradients, of_bias, of_shifts = layout.call(
         kernel,
         "window_attention_backward",
-        (query, key, value, gradient, packed, *masks),
+        (query, key, value, gradient, packed, rows, *masks),
         results,
         products=5,
     )
-    return *(x.reshape(shape) for x in gradients), *layout.unpack(of_bias)
+    return *(x.reshape(shape) for x in gradients), *layout.unpack(of_bias), None if shifts is None else of_shifts[:3]
 
 
 def _flat(x: Any) -> Any:
@@ -412,10 +432,17 @@ def _wide(x: Any) -> Any:
     return x.astype(jnp.float32)
 
 
-def _fill(x: Any, rows: int) -> Any:
-    """Return `x` with rows of zeros up to whole tiles."""
+def _rows(shifts: Any, query: Any) -> Any:
+    """Return the shifts as rows of a whole tile."""
+    rows = jnp.zeros((3, query.shape[-1]), jnp.float32) if shifts is None else shifts.astype(jnp.float32)
+    return jnp.pad(rows, ((0, 5), (0, 0)))
+
+
+def _read(x: Any, rows: int, shift: Any = None) -> Any:
+    """Return `x` shifted, with rows up to whole tiles: finite ones, which nothing may attend to."""
     missing = rows - x.shape[0]
-    return jnp.concatenate([x, jnp.zeros((missing, x.shape[1]), x.dtype)], axis=0) if missing else x
+    x = jnp.concatenate([x, jnp.zeros((missing, x.shape[1]), x.dtype)], axis=0) if missing else x
+    return x if shift is None else (_wide(x) + shift).astype(x.dtype)
 
 
 def _block_of(shape: tuple[int, int], axis: int, count: int) -> Any:

@@ -44,6 +44,27 @@ WindowSize = int | tuple[int, ...] | tuple[tuple[int, int], ...]
 _TABLE = "relative_position_bias_table"
 
 
+class _Projection(nn.Module):
+    """Return x W and b of a `flax.linen.Dense`, with its parameters, and leave adding b to the caller.
+
+    A kernel that adds b to what it reads also sums its gradient, which would else be a pass over all of x W.
+    """
+
+    features: int
+    use_bias: bool
+    dtype: Dtype | None
+    param_dtype: Dtype
+    kernel_init: Initializer
+    bias_init: Initializer
+
+    @nn.compact
+    def __call__(self, x: Array) -> tuple[Array, Array | None]:
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), self.param_dtype)
+        bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        return x @ kernel, bias
+
+
 class WindowAttention(nn.Module):
     """Attend within each window, with a learned bias for the offset between two tokens.
 
@@ -139,22 +160,29 @@ class WindowAttention(nn.Module):
             kernel_init=self.kernel_init,
             bias_init=self.bias_init,
         )
-        query, key, value = (dense(use_bias=self.use_bias, name=name)(x) for name in ("query", "key", "value"))
         rows = math.prod(2 * length - 1 for length in self.window_size)
         size = f"window_size={self.window_size}"
         table = learned_table(self, _TABLE, truncated_normal(), (rows, self.num_heads), self.param_dtype, size=size)
-        bias = relative_position_bias(table, window, self.window_size).astype(at_least_float32(query.dtype))
+        dtype = nn.dtypes.canonicalize_dtype(x, jnp.zeros((), self.param_dtype), dtype=self.dtype)
+        bias = relative_position_bias(table, window, self.window_size).astype(at_least_float32(dtype))
         bias = axes.constrain(bias, axes.HEADS, None, None)
         scale = (features // self.num_heads) ** -0.5
         dropout_rate = 0.0 if deterministic else self.attention_dropout_rate
-        if dispatch.window_kernel(x.shape[-2], features // self.num_heads, query.dtype, dropout_rate) == "pallas":
+        if dispatch.window_kernel(x.shape[-2], features // self.num_heads, dtype, dropout_rate) == "pallas":
             # It takes over a second to import.
             from jaxlayers.kernels import pallas_window
 
-            context = pallas_window.window_attention(query * scale, key, value, bias, mask, names=names)
+            project = functools.partial(_Projection, features, self.use_bias, **dense.keywords)
+            (query, of_query), (key, of_key), (value, of_value) = (
+                project(name=name)(x) for name in ("query", "key", "value")
+            )
+            biases = [each for each in (of_query, of_key, of_value) if each is not None]
+            shifts = jnp.stack([biases[0] * scale, *biases[1:]]) if biases else None
+            context = pallas_window.window_attention(query * scale, key, value, bias, mask, shifts=shifts, names=names)
             return dense(name="out")(context)
         query, key, value = (
-            axes.constrain_heads(split_heads(each, self.num_heads), *names) for each in (query, key, value)
+            axes.constrain_heads(split_heads(dense(use_bias=self.use_bias, name=name)(x), self.num_heads), *names)
+            for name in ("query", "key", "value")
         )
         # Apart from the bias, whose gradient is then one sum over images and windows; half the lowest number cannot
         # overflow in the sum.

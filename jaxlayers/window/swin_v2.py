@@ -241,9 +241,8 @@ class CosineWindowAttention(nn.Module):
             "bias_init": self.bias_init,
         }
         dense = functools.partial(nn.Dense, features, dtype=self.dtype, **init)
-        query, key, value = (
-            dense(use_bias=with_bias, name=name)(x)
-            for name, with_bias in (("query", self.use_bias), ("key", False), ("value", self.use_bias))
+        query, key = (
+            dense(use_bias=with_bias, name=name)(x) for name, with_bias in (("query", self.use_bias), ("key", False))
         )
         wide = at_least_float32(query.dtype)
         offsets = jnp.asarray(relative_offsets(window, self.pretrained_window_size), wide)
@@ -264,8 +263,13 @@ class CosineWindowAttention(nn.Module):
             query, key = (
                 normed(one.reshape(*one.shape[:-1], self.num_heads, -1)).reshape(one.shape) for one in (query, key)
             )
-            context = pallas_window.window_attention(query, key, value, bias, mask, scale=scale, names=names)
+            value, of_value = swin._Projection(features, self.use_bias, self.dtype, **init, name="value")(x)
+            shifts = None if of_value is None else jnp.stack([jnp.zeros_like(of_value)] * 2 + [of_value])
+            context = pallas_window.window_attention(
+                query, key, value, bias, mask, scale=scale, shifts=shifts, names=names
+            )
             return dense(name="out")(context)
+        value = dense(use_bias=self.use_bias, name="value")(x)
         query, key, value = (
             axes.constrain_heads(split_heads(each, self.num_heads), *names) for each in (query, key, value)
         )

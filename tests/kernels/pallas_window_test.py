@@ -22,9 +22,12 @@ def draw(seed, *shape, dtype=jnp.float32):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
-def plain(query, key, value, bias, mask=None, scale=None):
+def plain(query, key, value, bias, mask=None, scale=None, shifts=None):
     """Return the attention as it is written in a paper, in float32."""
     heads = len(bias)
+    if shifts is not None:
+        dtype = query.dtype
+        query, key, value = (x + shift.astype(dtype) for x, shift in zip((query, key, value), shifts, strict=True))
 
     def split(x):
         return jnp.swapaxes(x.reshape(*x.shape[:-1], heads, -1), -2, -3).astype(jnp.float32)
@@ -37,10 +40,10 @@ def plain(query, key, value, bias, mask=None, scale=None):
 
 
 def differentiated(function, mask=None):
-    """Return a function of (query, key, value, bias, scale) that gives the result and the gradients of a sum of it."""
+    """Return a function of the operands, mask excepted, that gives the result and the gradients of a sum of it."""
 
-    def total(query, key, value, bias, scale):
-        out = function(query, key, value, bias, mask, scale=scale)
+    def total(query, key, value, bias, scale, shifts):
+        out = function(query, key, value, bias, mask, scale=scale, shifts=shifts)
         return jnp.sum(jnp.sin(out.astype(jnp.float32))), out
 
     def both(*operands):
@@ -64,6 +67,7 @@ def problem(batch, windows, tokens, heads, dim, *, masked, scaled, dtype=jnp.flo
     shape = (*batch, windows, tokens, heads * dim)
     operands = [draw(seed, *shape, dtype=dtype) for seed in range(3)]
     operands += [draw(3, heads, tokens, tokens), 0.5 + jnp.abs(draw(4, heads)) if scaled else None]
+    operands += [draw(6, 3, heads * dim) if masked else None]
     mask = draw(5, windows, tokens, tokens) > 0 if masked else None
     return operands, None if mask is None else mask | jnp.eye(tokens, dtype=bool)
 
@@ -86,18 +90,18 @@ def test_kernels_equal_plain_attention_in_value_and_gradient(name):
     expected = differentiated(plain, mask)(*operands)
     assert_equal(found, expected)
     # The control: a bias that differs in one entry is seen.
-    *rest, bias, scale = operands
+    *rest, bias, scale, shifts = operands
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
-        assert_equal(differentiated(window_attention, mask)(*rest, bias.at[-1, 0, 0].add(0.1), scale), expected)
+        assert_equal(differentiated(window_attention, mask)(*rest, bias.at[-1, 0, 0].add(0.1), scale, shifts), expected)
 
 
 def test_bfloat16_is_as_near_to_float32_as_the_plain_form():
     operands, mask = problem((), 4, 49, 4, 32, masked=True, scaled=True, dtype=jnp.bfloat16)
     exact = differentiated(plain, mask)(*(x.astype(jnp.float32) for x in operands))
 
-    def rounded(query, key, value, bias, mask, scale):
+    def rounded(query, key, value, bias, mask, scale, shifts):
         # Weights and values meet in bfloat16, as on a TPU.
-        return jax.lax.reduce_precision(plain(query, key, value, bias, mask, scale), 8, 7)
+        return jax.lax.reduce_precision(plain(query, key, value, bias, mask, scale, shifts), 8, 7)
 
     for found, other, wanted in zip(
         differentiated(window_attention, mask)(*operands),
@@ -112,7 +116,7 @@ def test_bfloat16_is_as_near_to_float32_as_the_plain_form():
 
 
 def test_no_token_meets_another_window_or_what_is_blocked():
-    (query, key, value, bias, _), mask = PROBLEMS["heads-in-uneven-groups"]
+    (query, key, value, bias, *_), mask = PROBLEMS["heads-in-uneven-groups"]
     apply = jax.jit(window_attention)
     before = apply(query, key, value, bias, mask)
     changed = apply(query, key.at[1, 7].add(3.0), value.at[1, 7].add(3.0), bias, mask)
@@ -198,6 +202,7 @@ def test_sharded_over_batch_and_heads_equals_unsharded_and_sends_the_gradient_of
     operands, mask = problem((4,), 3, 9, 4, 8, masked=True, scaled=True)
     expected = differentiated(window_attention, mask)(*operands)
     specs = [PartitionSpec("data", None, None, "tensor")] * 3 + [PartitionSpec("tensor")] * 2
+    specs += [PartitionSpec(None, "tensor")]
     with jax.set_mesh(mesh()), nn.logical_axis_rules(RULES):
         placed = [jax.device_put(x, NamedSharding(mesh(), spec)) for x, spec in zip(operands, specs, strict=True)]
         compiled = differentiated(window_attention, mask).lower(*placed).compile()
@@ -206,8 +211,8 @@ def test_sharded_over_batch_and_heads_equals_unsharded_and_sends_the_gradient_of
     assert found[1].sharding.spec == specs[0]
     sent = collectives(compiled.as_text(), mesh())
     assert {each.kind for each in sent} == {"all-reduce"}
-    # Two heads' bias and scale, and the loss.
-    assert sum(each.bytes for each in sent) <= 4 * (2 * 81 + 2 + 2)
+    # Two heads' bias, scale and shifts, and the loss.
+    assert sum(each.bytes for each in sent) <= 4 * (2 * 81 + 2 + 3 * 16 + 2)
 
 
 def test_blocks_on_maps_split_over_devices_equal_unsplit_ones():
