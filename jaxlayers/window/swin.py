@@ -45,9 +45,10 @@ _TABLE = "relative_position_bias_table"
 
 
 class _Projection(nn.Module):
-    """Return x W and b of a `flax.linen.Dense`, with its parameters, and leave adding b to the caller.
+    """Return s x W and s b of a `flax.linen.Dense`, with its parameters, and leave adding the second to the caller.
 
-    A kernel that adds b to what it reads also sums its gradient, which would else be a pass over all of x W.
+    A kernel that adds it to what it reads also sums its gradient, which would else be a pass over all of x W; and XLA
+    writes a product that nothing follows in the order of axes in which a kernel reads it, so W and b bear the scale s.
     """
 
     features: int
@@ -56,11 +57,14 @@ class _Projection(nn.Module):
     param_dtype: Dtype
     kernel_init: Initializer
     bias_init: Initializer
+    scale: float = 1.0
 
     @nn.compact
     def __call__(self, x: Array) -> tuple[Array, Array | None]:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), self.param_dtype)
         bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
+        if self.scale != 1:
+            kernel, bias = kernel * self.scale, None if bias is None else bias * self.scale
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         return x @ kernel, bias
 
@@ -174,11 +178,11 @@ class WindowAttention(nn.Module):
 
             project = functools.partial(_Projection, features, self.use_bias, **dense.keywords)
             (query, of_query), (key, of_key), (value, of_value) = (
-                project(name=name)(x) for name in ("query", "key", "value")
+                project(scale=factor, name=name)(x) for name, factor in (("query", scale), ("key", 1.0), ("value", 1.0))
             )
             biases = [each for each in (of_query, of_key, of_value) if each is not None]
-            shifts = jnp.stack([biases[0] * scale, *biases[1:]]) if biases else None
-            context = pallas_window.window_attention(query * scale, key, value, bias, mask, shifts=shifts, names=names)
+            shifts = jnp.stack(biases) if biases else None
+            context = pallas_window.window_attention(query, key, value, bias, mask, shifts=shifts, names=names)
             return dense(name="out")(context)
         query, key, value = (
             axes.constrain_heads(split_heads(dense(use_bias=self.use_bias, name=name)(x), self.num_heads), *names)
