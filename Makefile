@@ -60,7 +60,7 @@ test-tpu: $(VENV)-tpu/.ready
 # The rest that needs libtpu: kernels, plans, and the steps of named models at their real sizes.
 test-tpu-all: test-tpu
 	$(CPU) $(TPU) $(VENV)-tpu/bin/python -m pytest -m tpu tests/train/recompute_test.py tests/window/spatial_test.py \
-		tests/kernels tests/tools/plan_test.py
+		tests/kernels tests/tools/plan_test.py tests/tools/kernel_cost_test.py
 	$(CPU) $(VENV)-tpu/bin/python -m tools.cost_gate --python $(VENV)-tpu/bin/python
 
 golden-tpu: $(VENV)-tpu/.ready

@@ -1,11 +1,11 @@
 """Compare the Pallas kernels for windows with what XLA makes of the same layer, by the TPU compiler's own estimates.
 
-    python -m tools.window_kernel_table --python .venv-tpu/bin/python
+    python -m tools.kernel_cost --python .venv-tpu/bin/python
 
 For each size the forward and backward pass of a `WindowAttention` of 512 windows in bfloat16, projections included, is
-compiled for one chip: once as XLA has it, once with the kernels. Of what XLA compiles the cycles are its estimates; of a
-kernel, whose inside they leave out, the instruction bundles that the compiler has scheduled for a block, times the blocks.
-A bundle takes a cycle if nothing stalls, so a kernel's figure is a lower bound. Writes the table of
+compiled for one chip: once as XLA has it, once with the kernels. Of what XLA compiles the cycles are its estimates; of
+a kernel, whose inside they leave out, the instruction bundles that the compiler has scheduled for a block, times the
+blocks. A bundle takes a cycle if nothing stalls, so a kernel's figure is a lower bound. Writes the table of
 docs/decisions/window_kernel.md to standard output.
 """
 
@@ -97,12 +97,13 @@ def compiled(size: Size, chip: str, dump: Path) -> dict[str, Any]:
     for choice in ("jnp", "pallas"):
         with dispatch.use(choice, platform="tpu"):
             lowered = jax.jit(jax.grad(loss, argnums=(0, 1)), in_shardings=place).lower(variables, x, mask)
-        reading = plan_read.reading(lowered.compile().as_text(), jax.sharding.AbstractMesh((1,), ("data",)))
+        text: Any = lowered.compile().as_text()
+        reading = plan_read.reading(text, jax.sharding.AbstractMesh((1,), ("data",)))
         found[choice] = reading.cycles
     flat = jax.ShapeDtypeStruct((WINDOWS, *shape[2:]), jnp.bfloat16)
     bias = jax.ShapeDtypeStruct((size.heads, size.tokens, size.tokens), jnp.float32)
     heads, blocks = pallas_window._Layout.of(flat, bias, None, mask).grid
-    schedules = [path for path in dump.glob("*window_attention*schedule-analysis_final_bundles.txt")]
+    schedules = dump.glob("*window_attention*schedule-analysis_final_bundles.txt")
     found["kernels"] = heads * blocks * sum(bundles(path.read_text()) for path in schedules)
     return found
 
@@ -111,7 +112,7 @@ def measured(size: Size, chip: str, python: str) -> dict[str, Any]:
     """Return what `compiled` does, in a process of its own that has libtpu."""
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
-        order = [python, "-m", "tools.window_kernel_table", "--one", json.dumps(dataclasses.asdict(size))]
+        order = [python, "-m", "tools.kernel_cost", "--one", json.dumps(dataclasses.asdict(size))]
         done = subprocess.run(
             [*order, "--chip", chip, "--dump", folder],
             env={**os.environ, **ENVIRONMENT, "LIBTPU_INIT_ARGS": flags},
@@ -141,7 +142,7 @@ HEAD = """| tokens | heads | features | XLA alone | XLA beside the kernels | ker
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(prog="python -m tools.window_kernel_table", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(prog="python -m tools.kernel_cost", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--python", default=sys.executable, help="an interpreter that has libtpu")
     parser.add_argument("--chip", default="v5e")
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)

@@ -1,0 +1,34 @@
+"""What kernels cost is read from the schedules of the compiler, and both programs are weighed by it."""
+
+import sys
+
+import pytest
+
+from tools import kernel_cost
+from tools.kernel_cost import Size, bundles, row
+
+
+def test_bundles_are_read_from_a_schedule():
+    text = "Schedule analysis:\n\ttotal scheduled bundles:    936\n\tempty scheduled bundles:    8\n"
+    assert bundles(text) == 936
+    with pytest.raises(ValueError, match="must say how many bundles"):
+        bundles("Schedule analysis:\n\tempty scheduled bundles:    8\n")
+
+
+def test_a_row_counts_the_kernels_beside_what_xla_compiles():
+    found = {"jnp": 3000, "pallas": 900, "kernels": 600}
+    assert row(Size(49, 3, 96, masked=True), found) == "| 49 (shifted) | 3 | 96 | 3,000 | 900 | 600 | 2.00 |"
+    # Were the kernels left out, it would be 3.33.
+    assert row(Size(64, 4, 128), {**found, "kernels": 2100}).endswith("| 2,100 | 1.00 |")
+
+
+def test_a_compiler_that_fails_is_told():
+    with pytest.raises(RuntimeError, match=r"compiling Size\(.*for no-chip failed"):
+        kernel_cost.measured(Size(4, 1, 8), "no-chip", sys.executable)
+
+
+@pytest.mark.tpu
+def test_the_kernel_for_windows_is_estimated_to_win_where_the_table_takes_it():
+    found = kernel_cost.measured(Size(49, 3, 96), "v5e", sys.executable)
+    assert found["kernels"] > 100_000
+    assert found["jnp"] > 1.5 * (found["pallas"] + found["kernels"])
