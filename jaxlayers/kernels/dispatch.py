@@ -13,7 +13,7 @@ Parameters, values and gradients are the same.
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeVar, get_args
 
 import jax
@@ -25,6 +25,11 @@ Kernel = Literal["jnp", "pallas"]
 """A composition of JAX operations, or a Pallas kernel."""
 
 Choice = Literal["jnp", "pallas", "table"]
+
+MOST_WINDOWS = 64
+"""In a row of a map that `pallas_cut` serves."""
+MOST_ROW_BYTES = 2**20
+"""Of a row of windows that `pallas_cut` serves."""
 
 MOST_WINDOW_TOKENS = 256
 """Of a window that `pallas_window` serves."""
@@ -118,6 +123,26 @@ def window_kernel(tokens: int, dim: int, dtype: Any, dropout_rate: float) -> Ker
         for row in WINDOW_TABLE
     )
     return "pallas" if fits and not refusal else "jnp"
+
+
+def cut_kernel(size: Sequence[int], window: Sequence[int], features: int, dtype: Any) -> Kernel:
+    """Return which kernel cuts a map into windows and joins them.
+
+    It only moves entries, so "pallas" takes it where it serves and refuses nothing; by "table" it is taken on TPU.
+
+    Args:
+      size: of the map, multiples of the window.
+      window: along each axis.
+      features: of the map.
+      dtype: of the map.
+    """
+    choice, platform = _scope.value
+    platform = platform or jax.default_backend()
+    if choice == "jnp" or platform not in (("cpu", "tpu") if choice == "pallas" else ("tpu",)):
+        return "jnp"
+    row = window[0] * size[-1] * -(-features // 128) * 128 * jnp.dtype(dtype).itemsize
+    serves = len(size) == 2 and dtype in (jnp.float32, jnp.bfloat16)
+    return "pallas" if serves and size[1] // window[1] <= MOST_WINDOWS and row <= MOST_ROW_BYTES else "jnp"
 
 
 def _refusal(tokens: int, dtype: Any, dropout_rate: float, platform: str) -> str:

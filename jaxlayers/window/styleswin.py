@@ -19,8 +19,9 @@ from jaxlayers.core.types import ActivationFn, Dtype, Initializer
 from jaxlayers.nn.feed_forward import FeedForward
 from jaxlayers.nn.learned_table import learned_table
 from jaxlayers.nn.multi_head import attention_weights, merge_heads, split_heads
+from jaxlayers.nn.window_maps import cut_windows, join_windows
 from jaxlayers.ops import upfirdn
-from jaxlayers.ops.halo import cut_windows, join_windows, map_split, window_mask, window_names
+from jaxlayers.ops.halo import map_split, window_mask, window_names
 from jaxlayers.ops.patches import split_shape
 from jaxlayers.ops.windows import fit_window, relative_position_bias
 

@@ -31,7 +31,8 @@ from jaxlayers.nn.feed_forward import FeedForward
 from jaxlayers.nn.learned_table import learned_table
 from jaxlayers.nn.multi_head import attention_weights, merge_heads, split_heads
 from jaxlayers.nn.patch_embed import PatchEmbed
-from jaxlayers.ops.halo import cut_windows, join_windows, map_split, window_mask, window_names
+from jaxlayers.nn.window_maps import cut_windows, join_windows
+from jaxlayers.ops.halo import map_split, window_mask, window_names
 from jaxlayers.ops.patches import pad_to_multiple, split_shape, to_patches
 from jaxlayers.ops.resample import resample_patch_kernel, resample_relative_table
 from jaxlayers.ops.windows import fit_window, relative_position_bias

@@ -22,7 +22,8 @@ from jaxlayers.core.types import ActivationFn, Dtype, Initializer
 from jaxlayers.nn.drop_path import DropPath, drop_path_rates
 from jaxlayers.nn.feed_forward import FeedForward
 from jaxlayers.nn.patch_embed import PatchEmbed
-from jaxlayers.ops.halo import cut_windows, join_windows, map_split, window_mask, window_names
+from jaxlayers.nn.window_maps import cut_windows, join_windows
+from jaxlayers.ops.halo import map_split, window_mask, window_names
 from jaxlayers.ops.patches import crop, from_patches, pad_to_multiple, split_shape, to_blocks
 from jaxlayers.ops.windows import fit_window
 from jaxlayers.window import swin
