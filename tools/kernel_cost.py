@@ -1,18 +1,18 @@
-"""Compare the Pallas kernels for windows with what XLA makes of the same layer, by the TPU compiler's own estimates.
+"""Compare the Pallas kernels for windows with what XLA makes of the same block, by the TPU compiler's own estimates.
 
     python -m tools.kernel_cost --python .venv-tpu/bin/python
 
-For each size the forward and backward pass of a `WindowAttention` of 512 windows in bfloat16, projections included, is
-compiled for one chip: once as XLA has it, once with the kernels. Of what XLA compiles the cycles are its estimates; of
-a kernel, whose inside they leave out, the instruction bundles that the compiler has scheduled for a block, times the
-blocks. A bundle takes a cycle if nothing stalls, so a kernel's figure is a lower bound. Writes the table of
-docs/decisions/window_kernel.md to standard output.
+For each size the forward and backward pass of a `SwinBlock` on eight maps in bfloat16 is compiled for one chip: once as
+XLA has it, once with the kernels. Of what XLA compiles the cycles are its estimates; of a kernel, whose inside they
+leave out, the instruction bundles that the compiler has scheduled for a block, times the blocks, or what reading and
+writing them takes from main memory if that is more. A bundle takes a cycle if nothing stalls, so a kernel's figure is a
+lower bound. Writes the table of docs/decisions/window_kernel.md to standard output.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
 import subprocess
@@ -24,7 +24,7 @@ from typing import Any
 
 from tools.plan_compile import ENVIRONMENT
 
-WINDOWS, MASKS = 512, 64
+IMAGES = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,29 +32,33 @@ class Size:
     """One row.
 
     Attributes:
-      tokens: of a window.
+      side: of the map.
+      features: of the map.
       heads: number of heads.
-      features: of all heads.
-      masked: windows are shifted.
+      window: side of a window.
+      shifted: windows are shifted by half their side.
     """
 
-    tokens: int
-    heads: int
+    side: int
     features: int
-    masked: bool = False
+    heads: int
+    window: int = 7
+    shifted: bool = False
+
+    @property
+    def shift(self) -> int:
+        """The shift, along both axes."""
+        return self.window // 2 if self.shifted else 0
 
 
+# The stages of Swin-T at 224 pixels, the first of Swin V2 at 256, and windows of 12.
 SIZES = (
-    Size(49, 3, 96),
-    Size(49, 3, 96, masked=True),
-    Size(49, 6, 192),
-    Size(49, 12, 384),
-    Size(49, 24, 768),
-    Size(64, 3, 96),
-    Size(64, 12, 384),
-    Size(144, 4, 128),
-    Size(16, 4, 128),
-    Size(9, 4, 64),
+    Size(56, 96, 3),
+    Size(56, 96, 3, shifted=True),
+    Size(28, 192, 6, shifted=True),
+    Size(14, 384, 12, shifted=True),
+    Size(64, 96, 3, window=8, shifted=True),
+    Size(48, 128, 4, window=12, shifted=True),
 )
 
 
@@ -70,73 +74,114 @@ def bundles(text: str) -> int:
     return int(found[1])
 
 
-def compiled(size: Size, chip: str, dump: Path) -> dict[str, Any]:
-    """Return the cycles of both programs, and of the kernels in one of them; where libtpu dumps its schedules there."""
+def block_cycles(size: Size, chip: str) -> dict[str, Any]:
+    """Return the cycles of what XLA compiles of a block's forward and backward pass, by choice of kernels."""
     import jax
     import jax.numpy as jnp
-    from jax.experimental import topologies
-    from jax.sharding import SingleDeviceSharding
 
-    from jaxlayers.kernels import dispatch, pallas_window
-    from jaxlayers.window import WindowAttention
+    from jaxlayers.kernels import dispatch
+    from jaxlayers.window import SwinBlock
     from tools import plan_read
 
-    place = SingleDeviceSharding(topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:2x2").devices[0])
-    side = round(size.tokens**0.5)
-    layer = WindowAttention(size.heads, (side, side), dtype=jnp.bfloat16)
-    shape = (WINDOWS // MASKS, MASKS, size.tokens, size.features)
-    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    mask = jax.ShapeDtypeStruct((MASKS, size.tokens, size.tokens), jnp.bool_) if size.masked else None
-    variables = jax.eval_shape(layer.init, jax.random.key(0), x)
+    block = SwinBlock(size.heads, size.window, size.shift, dtype=jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((IMAGES, size.side, size.side, size.features), jnp.bfloat16)
+    variables = jax.eval_shape(block.init, jax.random.key(0), x)
 
-    def loss(variables: Any, x: Any, mask: Any) -> Any:
-        out: Any = layer.apply(variables, x, mask)
+    def loss(variables: Any, x: Any) -> Any:
+        out: Any = block.apply(variables, x)
         return jnp.sum(jnp.square(out.astype(jnp.float32)))
 
     found: dict[str, Any] = {}
     for choice in ("jnp", "pallas"):
         with dispatch.use(choice, platform="tpu"):
-            lowered = jax.jit(jax.grad(loss, argnums=(0, 1)), in_shardings=place).lower(variables, x, mask)
+            lowered = jax.jit(jax.grad(loss, argnums=(0, 1)), in_shardings=_place(chip)).lower(variables, x)
         text: Any = lowered.compile().as_text()
-        reading = plan_read.reading(text, jax.sharding.AbstractMesh((1,), ("data",)))
-        found[choice] = reading.cycles
-    flat = jax.ShapeDtypeStruct((WINDOWS, *shape[2:]), jnp.bfloat16)
-    bias = jax.ShapeDtypeStruct((size.heads, size.tokens, size.tokens), jnp.float32)
-    heads, blocks = pallas_window._Layout.of(flat, bias, None, mask).grid
-    schedules = dump.glob("*window_attention*schedule-analysis_final_bundles.txt")
-    found["kernels"] = heads * blocks * sum(bundles(path.read_text()) for path in schedules)
+        found[choice] = plan_read.reading(text, jax.sharding.AbstractMesh((1,), ("data",))).cycles
     return found
 
 
+def kernel_cycles(size: Size, chip: str, dump: Path) -> dict[str, Any]:
+    """Return the cycles of a block's kernels, from the schedules that libtpu dumps in that folder."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxlayers.kernels import pallas_cut, pallas_window
+    from tools import chips
+
+    rows, tokens = size.side // size.window, size.window**2
+    whole = jax.ShapeDtypeStruct((IMAGES, size.side, size.side, size.features), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((IMAGES, rows**2, tokens, size.features), jnp.bfloat16)
+    bias = jax.ShapeDtypeStruct((size.heads, tokens, tokens), jnp.float32)
+    shifts = jax.ShapeDtypeStruct((3, size.features), jnp.bfloat16)
+    mask = jax.ShapeDtypeStruct((rows**2, tokens, tokens), jnp.bool_) if size.shifted else None
+    window, amount = (size.window,) * 2, (size.shift,) * 2
+
+    def attend(x: Any, bias: Any, shifts: Any, mask: Any) -> Any:
+        out, back = jax.vjp(lambda *y: pallas_window.window_attention(*y[:4], mask, shifts=y[4]), x, x, x, bias, shifts)
+        return back(out)
+
+    jobs: list[tuple[Any, ...]] = [
+        (attend, x, bias, shifts, mask),
+        (lambda x: pallas_cut.cut(x, window, amount), whole),
+        (lambda x: pallas_cut.join(x, (size.side,) * 2, window, amount), x),
+    ]
+    for job, *operands in jobs:
+        jax.jit(job, in_shardings=_place(chip)).lower(*operands).compile()
+    flat = jax.ShapeDtypeStruct((IMAGES * rows**2, tokens, size.features), jnp.bfloat16)
+    blocks = math.prod(pallas_window._Layout.of(flat, bias, None, mask).grid)
+    # A row of windows is read and written in tiles of 16 x 128, shifted ones are read with the next row.
+    row_bytes = size.window * -(-size.side // 16) * 16 * -(-size.features // 128) * 128 * 2
+    place = chips.topology(f"{chip}:2x2")
+    floor = (2 + size.shifted) * row_bytes * place.chip.clock / place.bandwidth
+    total = 0.0
+    for path in dump.glob("*schedule-analysis_final_bundles.txt"):
+        if "window_attention" in path.name:
+            total += blocks * bundles(path.read_text())
+        elif "_windows" in path.name:
+            # Maps are cut before the attention and in the gradient of joining, and joined as often.
+            total += 2 * IMAGES * rows * max(floor, bundles(path.read_text()))
+    return {"kernels": int(total)}
+
+
+def _place(chip: str) -> Any:
+    from jax.experimental import topologies
+    from jax.sharding import SingleDeviceSharding
+
+    return SingleDeviceSharding(topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:2x2").devices[0])
+
+
 def measured(size: Size, chip: str, python: str) -> dict[str, Any]:
-    """Return what `compiled` does, in a process of its own that has libtpu."""
+    """Return what both functions above do, each in a process of its own that has libtpu."""
+    found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
-        order = [python, "-m", "tools.kernel_cost", "--one", json.dumps(dataclasses.asdict(size))]
-        done = subprocess.run(
-            [*order, "--chip", chip, "--dump", folder],
-            env={**os.environ, **ENVIRONMENT, "LIBTPU_INIT_ARGS": flags},
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=Path(__file__).parents[1],
-        )
-    if done.returncode:
-        raise RuntimeError(f"compiling {size} for {chip} failed: {done.stderr[-1000:]}")
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+        # All of a block's schedules would fill gigabytes: those of the kernels alone are dumped.
+        for dump, flags in (("", ""), (folder, f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true")):
+            order = [python, "-m", "tools.kernel_cost", "--one", json.dumps(dataclasses.asdict(size)), "--dump", dump]
+            done = subprocess.run(
+                [*order, "--chip", chip],
+                env={**os.environ, **ENVIRONMENT, "LIBTPU_INIT_ARGS": flags},
+                capture_output=True,
+                text=True,
+                check=False,
+                cwd=Path(__file__).parents[1],
+            )
+            if done.returncode:
+                raise RuntimeError(f"compiling {size} for {chip} failed: {done.stderr[-1000:]}")
+            found |= json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def row(size: Size, found: dict[str, Any]) -> str:
     """Return a row of the table."""
     whole = found["pallas"] + found["kernels"]
-    shifted = " (shifted)" if size.masked else ""
+    shifted = " (shifted)" if size.shifted else ""
     return (
-        f"| {size.tokens}{shifted} | {size.heads} | {size.features} | {found['jnp']:,} | {found['pallas']:,} "
-        f"| {found['kernels']:,} | {found['jnp'] / whole:.2f} |"
+        f"| {size.side} x {size.side} x {size.features} | {size.heads} | {size.window}{shifted} | {found['jnp']:,} "
+        f"| {found['pallas']:,} | {found['kernels']:,} | {found['jnp'] / whole:.2f} |"
     )
 
 
-HEAD = """| tokens | heads | features | XLA alone | XLA beside the kernels | kernels | ratio |
+HEAD = """| map | heads | window | XLA alone | XLA beside the kernels | kernels | ratio |
 | --- | --- | --- | --- | --- | --- | --- |"""
 
 
@@ -146,15 +191,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--python", default=sys.executable, help="an interpreter that has libtpu")
     parser.add_argument("--chip", default="v5e")
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)
-    parser.add_argument("--dump", type=Path, default=Path(), help=argparse.SUPPRESS)
+    parser.add_argument("--dump", default="", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.one:
-        print(json.dumps(compiled(Size(**json.loads(options.one)), options.chip, options.dump)))
+        size = Size(**json.loads(options.one))
+        dump = Path(options.dump) if options.dump else None
+        print(json.dumps(kernel_cycles(size, options.chip, dump) if dump else block_cycles(size, options.chip)))
         return
     print(HEAD, flush=True)
     for size in SIZES:
-        with contextlib.suppress(BrokenPipeError):
-            print(row(size, measured(size, options.chip, options.python)), flush=True)
+        print(row(size, measured(size, options.chip, options.python)), flush=True)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def window_attention(
     key: Float[Array, "*windows tokens features"],
     value: Float[Array, "*windows tokens features"],
     bias: Float[Array, "heads tokens tokens"],
-    mask: Bool[Array, "*grid tokens tokens"] | None = None,
+    mask: Bool[Array, "*#grid tokens tokens"] | None = None,
     *,
     scale: Float[Array, "heads"] | None = None,
     shifts: Float[Array, "3 features"] | None = None,
@@ -65,17 +65,18 @@ def window_attention(
       An array like the values.
 
     Raises:
-      ValueError: if the heads do not divide the features, or the mask is not one for each window.
+      ValueError: if the heads do not divide the features, or the mask is not one for each window or for all.
     """
     heads, tokens, _ = bias.shape
     *leading, _, features = query.shape
     if features % heads:
         raise ValueError(f"features={features} must be divisible by the {heads} heads of the bias; pass such")
-    if mask is not None and mask.shape != (*leading[len(leading) - len(names) :], tokens, tokens):
-        raise ValueError(
-            f"mask of shape {mask.shape} must be {(*leading[len(leading) - len(names) :], tokens, tokens)}, one for "
-            "each window; pass such"
-        )
+    wanted = (*leading[len(leading) - len(names) :], tokens, tokens)
+    if mask is not None and (
+        mask.ndim != len(wanted) or any(size not in (1, full) for size, full in zip(mask.shape, wanted, strict=True))
+    ):
+        raise ValueError(f"mask of shape {mask.shape} must be {wanted}, or 1 where windows share one; pass such")
+    mask = None if mask is None else jnp.broadcast_to(mask, wanted)
     blocked = None if mask is None else jnp.where(mask, 0, jnp.asarray(_BLOCKED, jnp.bfloat16))
     return _attend(names, query, key, value, bias, scale, shifts, blocked)
 

@@ -191,6 +191,13 @@ def test_operands_that_do_not_fit_are_refused():
         window_attention(x, x, x, jnp.zeros((2, 4, 4)), jnp.ones((3, 4, 4), bool))
 
 
+def test_windows_may_share_a_mask():
+    (query, key, value, bias, *_), mask = PROBLEMS["heads-in-uneven-groups"]
+    shared = jax.jit(window_attention)(query, key, value, bias, mask[:1])
+    each = jax.jit(window_attention)(query, key, value, bias, jnp.broadcast_to(mask[:1], mask.shape))
+    np.testing.assert_array_equal(shared, each)
+
+
 RULES = ((axes.BATCH, "data"), (axes.HEADS, "tensor"))
 
 
