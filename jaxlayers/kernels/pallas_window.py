@@ -268,30 +268,51 @@ class _Layout:
         return jnp.pad(blocked, ((0, 0), (0, missing), (0, missing)))
 
     def call(
-        self, kernel: Callable[..., None], name: str, operands: Sequence[Any], results: Sequence[Any], *, products: int
+        self,
+        kernel: Callable[..., None],
+        name: str,
+        tokens: Sequence[Any],
+        shared: Sequence[Any],
+        masks: Sequence[Any],
+        results: int,
+        *,
+        gradients: bool,
+        products: int,
     ) -> Any:
-        """Run a kernel over all blocks; operands are told apart by their shapes."""
+        """Run a kernel over all blocks.
+
+        Args:
+          kernel: takes references to tokens, to what is shared, to masks, and to the results.
+          name: of the kernel.
+          tokens: arrays `[windows, tokens, features]`.
+          shared: the packed bias, and the rows of shifts.
+          masks: what `pad_mask` returns, or nothing.
+          results: the number of results, which are like the first tokens.
+          gradients: results like those shared follow, which all windows add to.
+          products: products of each score, for the estimate of costs.
+        """
         features = self.head_block * self.dim
-
-        def spec(x: Any) -> pl.BlockSpec:
-            if x.ndim == 2:
-                return pl.BlockSpec((x.shape[0], features), lambda head, window: (0, head))
-            if x.shape[1:] == (self.tokens, self.heads * self.dim):
-                return pl.BlockSpec((self.window_block, self.tokens, features), lambda head, window: (window, 0, head))
-            if x.dtype == jnp.float32 and x.shape[1:] == (self.rows + 8 * self.scaled, self.width):
-                return pl.BlockSpec((len(self.groups), *x.shape[1:]), lambda head, window: (head, 0, 0))
-            turns = self.masks // self.window_block
-            return pl.BlockSpec((self.window_block, *x.shape[1:]), lambda head, window: (window % turns, 0, 0))
-
-        moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in (*operands, *results))
+        packed, rows = shared
+        of_tokens = pl.BlockSpec((self.window_block, self.tokens, features), lambda head, window: (window, 0, head))
+        of_shared = [
+            pl.BlockSpec((len(self.groups), *packed.shape[1:]), lambda head, window: (head, 0, 0)),
+            pl.BlockSpec((rows.shape[0], features), lambda head, window: (0, head)),
+        ]
+        turns = max(1, self.masks // self.window_block)
+        of_masks = pl.BlockSpec(
+            (self.window_block, self.rows, self.rows), lambda head, window: (jax.lax.rem(window, turns), 0, 0)
+        )
+        operands = (*tokens, *shared, *masks)
+        out = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*tokens[:results], *(shared if gradients else ()))]
+        moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in (*operands, *out))
         score = self.windows * self.heads * self.tokens**2
         run = functools.partial(
             pl.pallas_call,
             kernel,
-            out_shape=list(results),
+            out_shape=out,
             grid=self.grid,
-            in_specs=[spec(x) for x in operands],
-            out_specs=[spec(x) for x in results],
+            in_specs=[of_tokens] * len(tokens) + of_shared + [of_masks] * len(masks),
+            out_specs=[of_tokens] * results + (of_shared if gradients else []),
             cost_estimate=pl.CostEstimate(
                 flops=2 * products * score * self.dim, bytes_accessed=moved, transcendentals=score
             ),
@@ -327,14 +348,8 @@ def _forward(query: Any, key: Any, value: Any, bias: Any, scale: Any, shifts: An
             for window, x, total in zip(windows, values, sums, strict=True):
                 out[window, :, lanes] = (x / total).astype(out.dtype)[: layout.tokens]
 
-    results = [jax.ShapeDtypeStruct(value.shape, value.dtype)]
-    (out,) = layout.call(
-        kernel,
-        "window_attention",
-        (query, key, value, layout.pack(bias, scale), _rows(shifts, query), *masks),
-        results,
-        products=2,
-    )
+    shared = (layout.pack(bias, scale), _rows(shifts, query))
+    (out,) = layout.call(kernel, "window_attention", (query, key, value), shared, masks, 1, gradients=False, products=2)
     return out.reshape(shape)
 
 
@@ -395,14 +410,10 @@ def _backward(
                 for window, x in zip(windows, products, strict=True):
                     ref[window, :, lanes] = x.astype(ref.dtype)[: layout.tokens]
 
-    packed, rows = layout.pack(bias, scale), _rows(shifts, query)
-    results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key, value, packed, rows)]
+    shared = (layout.pack(bias, scale), _rows(shifts, query))
+    tokens = (query, key, value, gradient)
     *gradients, of_bias, of_shifts = layout.call(
-        kernel,
-        "window_attention_backward",
-        (query, key, value, gradient, packed, rows, *masks),
-        results,
-        products=5,
+        kernel, "window_attention_backward", tokens, shared, masks, 3, gradients=True, products=5
     )
     return *(x.reshape(shape) for x in gradients), *layout.unpack(of_bias), None if shifts is None else of_shifts[:3]
 

@@ -79,6 +79,8 @@ PROBLEMS = {
     # Blocks of heads: 128 lanes hold four, and there are eight.
     "blocks-of-heads": problem((1,), 2, 9, 8, 32, masked=False, scaled=True),
     "windows-larger-than-a-tile": problem((), 2, 144, 2, 16, masked=True, scaled=False),
+    # Tokens, scores of all heads and masks have one shape each: 16 x 16, and 2 windows share a block.
+    "bias-and-masks-shaped-like-tokens": problem((3,), 2, 16, 1, 16, masked=True, scaled=False),
     "many-windows-a-block": problem((3, 2), 2, 4, 1, 12, masked=True, scaled=True),
 }
 
