@@ -122,7 +122,8 @@ def window_kernel(tokens: int, dim: int, dtype: Any, dropout_rate: float) -> Ker
         platform == row.platform and row.tokens[0] <= tokens <= row.tokens[1] and row.dim[0] <= dim <= row.dim[1]
         for row in WINDOW_TABLE
     )
-    return "pallas" if fits and not refusal else "jnp"
+    # Only bfloat16 was weighed.
+    return "pallas" if fits and not refusal and dtype == jnp.bfloat16 else "jnp"
 
 
 def cut_kernel(size: Sequence[int], window: Sequence[int], features: int, dtype: Any) -> Kernel:
