@@ -82,29 +82,39 @@ class Zeros:
 
 
 def loaded(name: str, *, smoke: bool = False) -> Any:
-    """Return the config of a file, or one that classifies the inputs of a variant that `jaxlayers.list_models` names.
+    """Return the config of a file, or one for a variant that `jaxlayers.list_models` names.
 
     A variant is planned in bfloat16, with AdamW and a record for each device; `--batch-per-chip` and `--set` change
-    that.
+    that. With classes it classifies, without them it fits an array like its output by least squares.
 
     Raises:
-      ValueError: if there is neither, or the variant takes more than one input.
+      ValueError: if there is neither, or the variant takes more than one input or does not return one array.
     """
     from train import config as configs
 
     if Path(name).suffix == ".py" or os.sep in name:
         return configs.load(name, smoke=smoke)
+    import jax
+
     import jaxlayers
-    from train.tasks import classification
+    from train import tasks
 
     model = jaxlayers.create_model(name)
     inputs = jaxlayers.abstract_inputs(name)
-    if len(inputs) != 1 or not hasattr(model, "num_classes"):
-        raise ValueError(f"{name!r} must be a classifier of one input to be planned by name; write a config for it")
+    out = None
+    if len(inputs) == 1:
+        out = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x)[0], *inputs)
+    if not isinstance(out, jax.ShapeDtypeStruct):
+        raise ValueError(f"{name!r} must take one input and return one array to be planned by name; write a config")
     if hasattr(model, "dtype"):
         model = model.clone(dtype="bfloat16")
-    data = Zeros({"image": (inputs[0].shape[1:], inputs[0].dtype.name), "label": ((), "int32")})
-    task = classification(model.num_classes, inputs=("image",), label="label")
+    image = (inputs[0].shape[1:], inputs[0].dtype.name)
+    if getattr(model, "num_classes", 0):
+        data = Zeros({"image": image, "label": ((), "int32")})
+        task = tasks.classification(model.num_classes, inputs=("image",), label="label")
+    else:
+        data = Zeros({"image": image, "target": (out.shape[1:], "float32")})
+        task = tasks.regression(inputs=("image",), target="target")
     return configs.Config(model, task, data, data, steps=1000, batch_size=1, title=name)
 
 
