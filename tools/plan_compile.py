@@ -375,7 +375,7 @@ def described(compile_it: Any, mesh: Any, place: Any, text: str = "") -> dict[st
     import jax
 
     from jaxlayers.kernels import dispatch
-    from tools import plan_read
+    from tools import plan_kernels, plan_read
 
     began = time.perf_counter()
     try:
@@ -396,6 +396,7 @@ def described(compile_it: Any, mesh: Any, place: Any, text: str = "") -> dict[st
     if text:
         with gzip.open(text, "wt") as file:
             file.write(hlo)
+    hlo, kernels = plan_kernels.weighed(hlo, place) if place.chip.is_tpu else (hlo, [])
     memory, cost = program.memory_analysis(), program.cost_analysis() or {}
     costs = cost[0] if isinstance(cost, list) else cost
     sizes = ("argument", "output", "alias", "temp", "generated_code")
@@ -404,6 +405,7 @@ def described(compile_it: Any, mesh: Any, place: Any, text: str = "") -> dict[st
         "compiler_flops": costs.get("flops", 0.0),
         "compiler_bytes": costs.get("bytes accessed", 0.0),
         "reading": plain(plan_read.reading(hlo, mesh, clock=place.chip.clock, ring=place.ring)),
+        "kernels": kernels,
         "compile_seconds": took,
     }
 

@@ -59,7 +59,7 @@ def report(answer: Mapping[str, Any], place: Topology, config: str) -> dict[str,
         found["heaviest"] = [
             {**heavy, "share": heavy["cycles"] / max(1, reading["cycles"])} for heavy in reading["heaviest"]
         ]
-        found["cycles"] = {"total": reading["cycles"], "by_kind": reading["by_kind"]}
+        found["cycles"] = {"total": reading["cycles"], "by_kind": reading["by_kind"], "by_kernel": reading["by_kernel"]}
         found["modules"] = by_module(reading["by_module"], reading["cycles"])
     else:
         found |= {"collectives": [], "heaviest": [], "cycles": None}
@@ -258,6 +258,16 @@ def assumptions(answer: Mapping[str, Any], place: Topology, found: Mapping[str, 
         ]
     if reading["unknown_loops"]:
         lines.append(f"{reading['unknown_loops']} loops of unknown length count as one turn each.")
+    if reading["by_kernel"]:
+        lines.append(
+            "Cycles of Pallas kernels are the bundles of the schedule that the compiler makes of each, or their bytes "
+            "to and from HBM where these take longer: a lower bound, since nothing stalls."
+        )
+    uncertain = sorted({each["name"] for each in train["kernels"] if each["unknown_loops"]})
+    if uncertain:
+        lines.append(f"Kernels with loops of unknown length, counted as one turn each: {', '.join(uncertain)}.")
     if reading["opaque"]:
-        lines.append(f"{reading['opaque']} custom kernels have no estimate and count as nothing.")
+        failed = {each["name"]: each["error"] for each in train["kernels"] if each["error"]}
+        why = "".join(f"; {name}: {error}" for name, error in failed.items())
+        lines.append(f"{reading['opaque']} calls of custom kernels have no estimate and count as nothing{why}.")
     return lines

@@ -24,7 +24,7 @@ class Heavy:
 
     Attributes:
       name: as in the text.
-      kind: "product" (a matrix product or convolution is in it), "copy" (layout only) or "other".
+      kind: "product" (a matrix product or convolution is in it), "copy" (layout only), "kernel" (of Pallas) or "other".
       module: the layer it belongs to, as a path, backward passes like forward ones; empty = none.
       backward: it belongs to a gradient.
       what: the end of JAX's name for it, such as `dot_general`.
@@ -70,13 +70,14 @@ class Reading:
       cycles: estimated, summed.
       by_kind: cycles by kind (see `Heavy`).
       by_module: cycles by (module, backward).
+      by_kernel: cycles of Pallas kernels by name, where the text has them (see `tools.plan_kernels`).
       heaviest: the instructions with the most cycles, first the heaviest.
       bytes: to and from HBM, at the boundaries of fusions.
       sent: collectives by kind and axes.
       exposed: seconds of collectives that nothing runs beside, when asynchronous ones overlap with what is scheduled
         between their start and end.
       unknown_loops: loops whose turns are not known; each counted once.
-      opaque: custom calls, whose inside the compiler has no estimate of.
+      opaque: Pallas kernels run without an estimate of their cycles.
       live: bytes at the moment when most temporary values of the entry live, by kind: `activations` (made by the
         forward pass, read by the backward pass) and `temporaries`. What loops and fusions hold inside is not seen.
     """
@@ -84,6 +85,7 @@ class Reading:
     cycles: int
     by_kind: Mapping[str, int]
     by_module: Mapping[tuple[str, bool], int]
+    by_kernel: Mapping[str, int]
     heaviest: tuple[Heavy, ...]
     bytes: int
     sent: tuple[Sent, ...]
@@ -114,6 +116,7 @@ def reading(text: str, mesh: Any, *, clock: float = 0.0, ring: Any = None, keep:
     costs = list(program.costs(entry, 1))
     by_kind: dict[str, int] = defaultdict(int)
     by_module: dict[tuple[str, bool], int] = defaultdict(int)
+    by_kernel: dict[str, int] = defaultdict(int)
     merged: dict[str, Heavy] = {}
     for instruction, times in costs:
         cycles = times * estimated_cycles(instruction)
@@ -121,6 +124,11 @@ def reading(text: str, mesh: Any, *, clock: float = 0.0, ring: Any = None, keep:
             continue
         path, backward, what = place(program.op_name(instruction))
         kind = program.kind(instruction)
+        if kind == "kernel":
+            # JAX names the operation alike for all, and the kernel as if it were a module.
+            what = re.sub(r"\.\d+$", "", instruction.name)
+            path = re.sub(rf"(^|/){re.escape(what)}$", "", path)
+            by_kernel[what] += cycles
         by_kind[kind] += cycles
         by_module[(path, backward)] += cycles
         old = merged.get(instruction.name)
@@ -139,12 +147,13 @@ def reading(text: str, mesh: Any, *, clock: float = 0.0, ring: Any = None, keep:
         cycles=sum(by_kind.values()),
         by_kind=dict(by_kind),
         by_module=dict(by_module),
+        by_kernel=dict(by_kernel),
         heaviest=tuple(sorted(merged.values(), key=lambda heavy: -heavy.cycles)[:keep]),
         bytes=sum(times * program.traffic(instruction) for instruction, times in costs),
         sent=tuple(_summed(found, seconds)),
         exposed=timeline.run(entry),
         unknown_loops=len(program.unknown_loops),
-        opaque=sum(times for instruction, times in costs if _opaque(instruction)),
+        opaque=sum(times for one, times in costs if is_kernel(one) and not estimated_cycles(one)),
         live=program.live(entry),
     )
 
@@ -281,13 +290,15 @@ _FREE = frozenset(
 ) | {"while", "conditional", "call", "partition-id", "replica-id"}
 
 
-def _opaque(instruction: Instruction) -> bool:
+def is_kernel(instruction: Instruction) -> bool:
+    """Return whether an instruction runs a Pallas kernel."""
     target = re.search(r'custom_call_target="([^"]*)"', instruction.rest)
     return instruction.opcode == "custom-call" and bool(target) and target[1] == "tpu_custom_call"  # type: ignore[index]
 
 
-def _names(operands: str) -> list[str]:
-    return re.findall(r"%([\w.-]+)", operands)
+def operand_names(instruction: Instruction) -> list[str]:
+    """Return the names of an instruction's operands."""
+    return re.findall(r"%([\w.-]+)", instruction.operands)
 
 
 class _Program:
@@ -341,7 +352,9 @@ class _Program:
         return ""
 
     def kind(self, instruction: Instruction) -> str:
-        """Return "product", "copy" or "other"."""
+        """Return "product", "copy", "kernel" or "other"."""
+        if is_kernel(instruction):
+            return "kernel"
         if instruction.opcode in ("convolution", "dot"):
             return "product"
         if instruction.opcode in ("copy", "transpose", "reshape"):
@@ -365,7 +378,7 @@ class _Program:
             arrays = [found[0] for found in re.finditer(_ARRAY, instruction.result)][:2]
             moved = min(array_bytes(each) for each in arrays)
             return moved * sum(array_bytes(each, memory=MEMORY) > 0 for each in arrays)
-        operands = _names(instruction.operands)
+        operands = operand_names(instruction)
         reads = [array_bytes(self._results.get(name, ""), memory=MEMORY) for name in operands]
         writes = array_bytes(instruction.result, memory=MEMORY)
         if opcode == "dynamic-slice":
@@ -388,7 +401,7 @@ class _Program:
         body = self.computations.get(name, [])
         users: dict[str, list[tuple[Instruction, int]]] = defaultdict(list)
         for each in body:
-            for index, operand in enumerate(_names(each.operands)):
+            for index, operand in enumerate(operand_names(each)):
                 users[operand].append((each, index))
         reads: dict[int, int] = {}
         for each in body:
@@ -411,10 +424,10 @@ class _Program:
         by_name = {each.name: each for each in body}
         root = body[-1] if body else None
         while root is not None and root.opcode == "bitcast":
-            root = by_name.get(_names(root.operands)[0])
+            root = by_name.get(operand_names(root)[0])
         written = None
         if root is not None and root.opcode == "dynamic-update-slice":
-            written = array_bytes(self._results.get(_names(root.operands)[1], ""))
+            written = array_bytes(self._results.get(operand_names(root)[1], ""))
         self._slices[name] = reads, written
         return self._slices[name]
 
@@ -430,7 +443,7 @@ class _Program:
         last: dict[str, int] = {}
         made: dict[str, tuple[int, int]] = {}
         for index, each in enumerate(body):
-            operands = [holds.get(operand, [set()]) for operand in _names(each.operands)]
+            operands = [holds.get(operand, [set()]) for operand in operand_names(each)]
             if each.opcode == "get-tuple-element":
                 element = int(_index(each))
                 holds[each.name] = [operands[0][element] if element < len(operands[0]) else set().union(*operands[0])]
@@ -512,7 +525,7 @@ class _Timeline:
                 waited += begin + taken - now
                 now = free = begin + taken
             elif each.opcode.endswith("-done"):
-                end = max((ends.get(operand, 0.0) for operand in _names(each.operands)), default=0.0)
+                end = max((ends.get(operand, 0.0) for operand in operand_names(each)), default=0.0)
                 waited += max(0.0, end - now)
                 now = max(now, end)
             elif each.opcode == "while":

@@ -68,6 +68,12 @@ def heading(report: Mapping[str, Any]) -> str:
     )
 
 
+def _shares(cycles: Mapping[str, int], total: int) -> str:
+    """Return the share of each, largest first: `product 50.0%, copy 10.0%`."""
+    order = sorted(cycles.items(), key=lambda pair: -pair[1])
+    return ", ".join(f"{name} {each / max(1, total):.1%}" for name, each in order)
+
+
 def lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the figures of a report as names and words."""
     work, time = report["work"], report["time"]
@@ -110,6 +116,10 @@ def lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
                 f"({duration(time['exposed'])} exposed)",
             ),
         ]
+    if report["cycles"] and report["by_libtpu"]:
+        found.append(("cycles", _shares(report["cycles"]["by_kind"], report["cycles"]["total"])))
+        if report["cycles"]["by_kernel"]:
+            found.append(("of kernels", _shares(report["cycles"]["by_kernel"], report["cycles"]["total"])))
     tested = report["evaluation"]
     if tested:
         fits = "fits" if tested["fits"] else "DOES NOT FIT"

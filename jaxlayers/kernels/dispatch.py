@@ -113,6 +113,7 @@ def window_kernel(tokens: int, dim: int, dtype: Any, dropout_rate: float) -> Ker
     if choice == "jnp":
         return "jnp"
     platform = platform or jax.default_backend()
+    dtype = jnp.dtype(dtype)  # a field may have its name
     refusal = _refusal(tokens, dtype, dropout_rate, platform)
     if choice == "pallas":
         if refusal:

@@ -168,12 +168,12 @@ def test_what_the_kernel_does_not_serve_is_refused_or_left_to_jnp(layer):
 
 
 def test_the_table_takes_the_kernel_on_tpu_alone():
-    def kernel(choice, platform, tokens=49, dim=32):
+    def kernel(choice, platform, tokens=49, dim=32, dtype=jnp.bfloat16):
         with dispatch.use(choice, platform=platform):
-            return dispatch.window_kernel(tokens, dim, jnp.bfloat16, 0.0)
+            return dispatch.window_kernel(tokens, dim, dtype, 0.0)
 
     assert dispatch.window_kernel(49, 32, jnp.bfloat16, 0.0) == "jnp"
-    assert kernel("table", "tpu") == "pallas"
+    assert kernel("table", "tpu") == kernel("table", "tpu", dtype="bfloat16") == "pallas"
     assert kernel("table", "tpu", tokens=4) == "jnp"
     assert kernel("table", "tpu", dim=64) == "jnp"  # nothing was measured there
     assert kernel("table", "cpu") == kernel("table", "gpu") == kernel("jnp", "tpu") == "jnp"

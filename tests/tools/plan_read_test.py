@@ -262,7 +262,20 @@ def test_what_is_no_program_is_refused():
         reading("HloModule nothing", MESH)
 
 
-def test_custom_kernels_are_counted_as_opaque():
-    line = '  %k = f32[8,128]{1,0} custom-call(%x), custom_call_target="tpu_custom_call"\n'
-    text = PROGRAM.replace("  %c = ", line + "  %c = ", 1)
-    assert (reading(text, MESH).opaque, reading(PROGRAM, MESH).opaque) == (1, 0)
+def test_kernels_are_a_kind_of_their_own_and_opaque_without_cycles():
+    def with_kernel(cycles=""):
+        line = (
+            f'  %cut_windows.3 = f32[8,128]{{1,0}} custom-call(%x), custom_call_target="tpu_custom_call", '
+            f'{name("jvp(Net)/up/cond/branch_0_fun/cut_windows/pallas_call")}, backend_config={{{cycles}"body":""}}\n'
+        )
+        return reading(PROGRAM.replace("  %c = ", line + "  %c = ", 1), MESH)
+
+    none = with_kernel()
+    assert (none.opaque, none.by_kernel, none.cycles) == (1, {}, 3500)
+    found = with_kernel('"estimated_cycles":"7000",')
+    assert (found.opaque, found.by_kernel, found.cycles) == (0, {"cut_windows": 7000}, 10500)
+    assert found.by_kind == {"product": 3000, "copy": 300, "other": 200, "kernel": 7000}
+    # A kernel is no module, and what is shown of it is its name.
+    assert found.by_module[("up", False)] == 8000
+    assert (found.heaviest[0].kind, found.heaviest[0].module, found.heaviest[0].what) == ("kernel", "up", "cut_windows")
+    assert reading(PROGRAM, MESH).opaque == 0

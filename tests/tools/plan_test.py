@@ -160,8 +160,16 @@ def test_variants_are_planned_by_name():
     config = plan_compile.loaded("fit_6400")
     assert (config.model.image_size, config.model.remat, jnp.dtype(config.model.dtype)) == (6400, "full", jnp.bfloat16)
     assert config.train_data[0]["image"].shape == (6400, 6400, 3)
-    with pytest.raises(ValueError, match="classifier of one input"):
+    with pytest.raises(ValueError, match="must take one input and return one array"):
         plan_compile.loaded("fit_denoiser_64")
+
+
+def test_variants_without_classes_are_planned_by_name_as_a_fit_of_their_output():
+    job = plan_compile.Job("energy_transformer_base", "v5e:2x2", batch_size=8, compile=False)
+    config = plan_compile.resolved(job)
+    batch, _ = plan_compile.example(config, job)
+    assert {name: x.shape for name, x in batch.items()} == {"image": (8, 197, 768), "target": (8, 197, 768)}
+    assert plan_count.count(config, mesh_of(data=4), batch)["model_flops"] > 0
 
 
 # Searching ------------------------------------------------------------------------------------------------------------
@@ -245,7 +253,8 @@ def test_a_few_compilations_see_several_meshes():
 def answered(**changes):
     reading = {
         "cycles": 15_030_000,
-        "by_kind": {"product": 10_000_000, "copy": 5_030_000},
+        "by_kind": {"product": 10_000_000, "copy": 2_024_000, "kernel": 3_006_000},
+        "by_kernel": {"window_attention": 3_006_000},
         "by_module": [
             {"module": "stages_0/blocks_0/up", "backward": False, "cycles": 5_010_000},
             {"module": "stages_0/blocks_0/down", "backward": True, "cycles": 10_020_000},
@@ -297,7 +306,7 @@ def answered(**changes):
             "modules": {"head": 1.0},
         },
         "calibration": {"product": 8192.0, "cycles": 9_557_312.0, "available": 15.75 * GIB},
-        "train": {"memory": sizes, "reading": reading, "compile_seconds": 3.0, "compiler_flops": 1.0},
+        "train": {"memory": sizes, "reading": reading, "kernels": [], "compile_seconds": 3.0, "compiler_flops": 1.0},
     }
     return found | changes
 
@@ -358,6 +367,24 @@ def test_a_gpu_is_a_roofline_and_marked_as_estimate():
         max(197e12 * 6e-3 / (0.5 * place.peak), 819e6 / place.bandwidth) + 2e-3
     )
     assert any(line.startswith("ESTIMATE") for line in report["assumptions"])
+
+
+def test_cycles_of_kernels_are_told_and_so_is_what_is_not_known_of_them():
+    def told(**rows):
+        train = {**answered()["train"], **rows}
+        return plan_predict.report(answered(train=train), V5E, "c.py")
+
+    report = told()
+    assert dict(plan_report.lines(report))["cycles"] == "product 66.5%, kernel 20.0%, copy 13.5%"
+    assert dict(plan_report.lines(report))["of kernels"] == "window_attention 20.0%"
+    assert any("Pallas kernels" in line and "lower bound" in line for line in report["assumptions"])
+    row = {"name": "window_attention", "steps": 4, "bundles": 9, "unknown_loops": 1, "error": ""}
+    assert any("counted as one turn each: window_attention." in line for line in told(kernels=[row])["assumptions"])
+    # Without kernels nothing is said of any.
+    reading = {**answered()["train"]["reading"], "by_kernel": {}}
+    assert not any("kernels" in line for line in told(reading=reading)["assumptions"])
+    failed = told(reading={**reading, "opaque": 3}, kernels=[{**row, "unknown_loops": 0, "error": "it died"}])
+    assert any("3 calls of custom kernels" in line and "it died" in line for line in failed["assumptions"])
 
 
 def test_modules_are_summed_down_to_a_depth():
