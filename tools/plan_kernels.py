@@ -1,9 +1,9 @@
 """What the Pallas kernels of a compiled program cost, which the TPU compiler leaves out of its estimates.
 
 In the text of a program a kernel is a custom call that holds the kernel's own program. Each that differs is compiled
-once more by itself, in a process whose libtpu writes its schedules down, and of the schedule the instruction bundles are
-counted: those of a loop times its turns, those of the grid's loop times the steps of the grid. `weighed` writes what is
-found into the text, where the compiler writes its own estimates, so that `plan_read.reading` finds it there.
+once more by itself, in a process whose libtpu writes its schedules down. There the instruction bundles are counted:
+those of a loop times its turns, those of the grid's loop times the steps of the grid. `weighed` writes what is found
+into the text, where the compiler writes its own estimates, so that `plan_read.reading` finds it there.
 
 A bundle takes a cycle if nothing stalls, and what reading and writing takes from main memory is a floor; so a kernel's
 cycles are a lower bound, save that branches count as if all of them were taken.
@@ -108,7 +108,7 @@ def mosaic(body: bytes) -> str:
     context.allow_unregistered_dialects = True
     _tpu_ext.register_dialect(context)
     with context:
-        return ir.Module.parse(body).operation.get_asm(enable_debug_info=False)
+        return str(ir.Module.parse(body).operation.get_asm(enable_debug_info=False))
 
 
 def _arrays(spelt: str) -> list[str]:
