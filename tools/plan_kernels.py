@@ -148,27 +148,26 @@ def weighed(text: str, place: chips.Topology) -> tuple[str, list[dict[str, Any]]
     return re.sub(r"(?m)^\s*(?:ROOT )?%([\w.-]+) = .*$", estimated, text) if found else text, rows
 
 
-def cycles(function: Callable[..., Any], *arguments: Any, topology: str = "v5e:1x1") -> dict[str, int]:
-    """Return the cycles of each kernel that a function of arrays runs on one chip, by name, all its calls together.
+def reading(function: Callable[..., Any], *arguments: Any, place: chips.Topology) -> plan_read.Reading:
+    """Return the reading of a function compiled for one chip, with the cycles of its kernels (`by_kernel`).
 
     Args:
-      function: what is compiled; `dispatch.use(..., platform="tpu")` around this call chooses its kernels.
+      function: of arrays; `dispatch.use(..., platform="tpu")` around this call chooses its kernels.
       arguments: arrays, or their shapes.
-      topology: its first chip is compiled for.
+      place: a topology of such chips.
 
     Raises:
-      RuntimeError: if a kernel has no schedule.
+      RuntimeError: if the compiler gives no schedule of a kernel.
     """
     import jax
 
-    place = chips.topology(topology)
     device = jax.sharding.SingleDeviceSharding(plan_compile.devices_of(place)[0])
     compiled = jax.jit(function, in_shardings=device, out_shardings=device).lower(*arguments).compile()
     text, rows = weighed(compiled.as_text() or "", place)
     errors = [f"{row['name']}: {row['error']}" for row in rows if row["error"]]
     if errors:
-        raise RuntimeError("; ".join(errors))
-    return dict(plan_read.reading(text, jax.sharding.AbstractMesh((1,), ("data",))).by_kernel)
+        raise RuntimeError(f"kernels without a schedule: {'; '.join(errors)}")
+    return plan_read.reading(text, jax.sharding.AbstractMesh((1,), ("data",)))
 
 
 # Compiling each alone -------------------------------------------------------------------------------------------------

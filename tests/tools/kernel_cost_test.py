@@ -5,14 +5,7 @@ import sys
 import pytest
 
 from tools import kernel_cost
-from tools.kernel_cost import Size, bundles, row
-
-
-def test_bundles_are_read_from_a_schedule():
-    text = "Schedule analysis:\n\ttotal scheduled bundles:    936\n\tempty scheduled bundles:    8\n"
-    assert bundles(text) == 936
-    with pytest.raises(ValueError, match="must say how many bundles"):
-        bundles("Schedule analysis:\n\tempty scheduled bundles:    8\n")
+from tools.kernel_cost import Size, row
 
 
 def test_a_row_counts_the_kernels_beside_what_xla_compiles():
