@@ -101,19 +101,20 @@ def loaded(name: str, *, smoke: bool = False) -> Any:
 
     model = jaxlayers.create_model(name)
     inputs = jaxlayers.abstract_inputs(name)
-    out = None
-    if len(inputs) == 1:
-        out = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x)[0], *inputs)
-    if not isinstance(out, jax.ShapeDtypeStruct):
+    classes = getattr(model, "num_classes", 0)
+    wanted: Any = None
+    if len(inputs) == 1 and not classes:
+        wanted = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x)[0], *inputs)
+    if len(inputs) != 1 or not (classes or isinstance(wanted, jax.ShapeDtypeStruct)):
         raise ValueError(f"{name!r} must take one input and return one array to be planned by name; write a config")
     if hasattr(model, "dtype"):
         model = model.clone(dtype="bfloat16")
     image = (inputs[0].shape[1:], inputs[0].dtype.name)
-    if getattr(model, "num_classes", 0):
+    if classes:
         data = Zeros({"image": image, "label": ((), "int32")})
-        task = tasks.classification(model.num_classes, inputs=("image",), label="label")
+        task = tasks.classification(classes, inputs=("image",), label="label")
     else:
-        data = Zeros({"image": image, "target": (out.shape[1:], "float32")})
+        data = Zeros({"image": image, "target": (wanted.shape[1:], "float32")})
         task = tasks.regression(inputs=("image",), target="target")
     return configs.Config(model, task, data, data, steps=1000, batch_size=1, title=name)
 
