@@ -240,12 +240,17 @@ def _alone(kernel: Mapping[str, Any], device: Any, dump: Path) -> str:
         "tpu_custom_call", results, custom_call_api_version=1, legacy_backend_config=kernel["config"]
     )
     place = jax.sharding.SingleDeviceSharding(device)
-    jax.jit(lambda *x: call(*x), in_shardings=place, out_shardings=place).lower(*operands).compile()
-    (bundles,) = dump.glob("*-ffi_call*-final_bundles.txt")
-    text = bundles.read_text()
-    for path in dump.iterdir():
-        path.unlink()
-    return text
+    try:
+        jax.jit(lambda *x: call(*x), in_shardings=place, out_shardings=place).lower(*operands).compile()
+        texts = [path.read_text() for path in dump.glob("*-ffi_call*-final_bundles.txt")]
+    finally:
+        for path in dump.iterdir():
+            path.unlink()
+    if len(texts) != 1:
+        raise ValueError(
+            f"libtpu must write one schedule of a kernel, not {len(texts)}; take the version of the lock file"
+        )
+    return texts[0]
 
 
 def _shape(spelt: str) -> Any:
@@ -261,7 +266,7 @@ def _shape(spelt: str) -> Any:
 
 # Reading a schedule ---------------------------------------------------------------------------------------------------
 
-_BUNDLE = re.compile(r"\s*(?:0x)?[0-9a-f]+\s+(?P<label>[A-Z]{2})?[A-Z ]*:\s*(?P<depth>>*)\s*\{")
+_BUNDLE = re.compile(r"\s*(?:0x[0-9a-f]+|0)\s+(?P<labels>[A-Z ]*):\s*(?P<depth>>*)\s*\{")
 _PHI = re.compile(r"%(\w+) = sphi %(\w+), %(\w+)")
 
 
@@ -285,8 +290,8 @@ def scheduled(text: str, steps: int | None) -> Schedule:
         found = _BUNDLE.match(line)
         if found:
             depth = len(found["depth"])
-            if found["label"] == "LB":
-                around[depth] = (*around[depth - 1], len(turns))
+            if "LB" in found["labels"] or depth not in around:
+                around[depth] = (*around.get(depth - 1, ()), len(turns))
                 turns[len(turns)] = None
             inside = around[depth]
             counts[inside] += 1

@@ -60,9 +60,10 @@ def report(answer: Mapping[str, Any], place: Topology, config: str) -> dict[str,
             {**heavy, "share": heavy["cycles"] / max(1, reading["cycles"])} for heavy in reading["heaviest"]
         ]
         found["cycles"] = {"total": reading["cycles"], "by_kind": reading["by_kind"], "by_kernel": reading["by_kernel"]}
+        found["kernels"] = train["kernels"]  # type: ignore[index]
         found["modules"] = by_module(reading["by_module"], reading["cycles"])
     else:
-        found |= {"collectives": [], "heaviest": [], "cycles": None}
+        found |= {"collectives": [], "heaviest": [], "cycles": None, "kernels": []}
         found["modules"] = [
             {"module": name, "forward": share, "backward": 0.0, "share": share}
             for name, share in sorted(counted["modules"].items(), key=lambda pair: -pair[1])
