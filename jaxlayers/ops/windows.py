@@ -7,11 +7,14 @@ tracing and is never stored with the parameters.
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
+from jaxlayers.core.initializers import truncated_normal
+from jaxlayers.core.types import Initializer
 from jaxlayers.ops.patches import from_blocks, split_shape, to_blocks
 
 
@@ -186,6 +189,34 @@ def relative_position_bias(
     if table.shape[0] != rows:
         raise ValueError(f"a table of shape {table.shape} must have {rows} rows for its window; use resize")
     return jnp.moveaxis(jnp.take(table, relative_position_index(window, table_window), axis=0), -1, 0)
+
+
+def local_position_table(reach: float | int, stddev: float = 0.02) -> Initializer:
+    """Return an initialiser of tables of relative positions by which every head begins as a Gaussian blur.
+
+    The row of an offset (dy, dx) is -(dy^2 + dx^2) / (2 reach^2) and a truncated normal for each head. While queries and
+    keys are small, a token sees its own neighbourhood instead of the mean of its window, whose borders would show.
+
+    Args:
+      reach: standard deviation of the blur, in tokens.
+      stddev: of the truncated normal.
+
+    Raises:
+      ValueError: if the reach is not positive, or when called for rows that are not those of a square window.
+    """
+    if reach <= 0:
+        raise ValueError(f"reach={reach} must be positive; set reach")
+    normal = truncated_normal(stddev)
+
+    def table(key: Any, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
+        length = math.isqrt(shape[0])
+        if length**2 != shape[0] or length % 2 == 0:
+            raise ValueError(f"a table of {shape[0]} rows must be that of a square window; pass another initialiser")
+        squares = np.square(np.arange(length) - length // 2)
+        mean = -(squares[:, None] + squares).reshape(-1, 1) / (2 * reach**2)
+        return (normal(key, shape, jnp.float32) + mean).astype(dtype)
+
+    return table
 
 
 def partition_grid(

@@ -204,8 +204,9 @@ class DoubleWindowAttention(nn.Module):
       shifted_heads: number of heads with shifted windows; `None` = half of them (rounded down).
       dtype: compute dtype; `None` infers it from input and parameters. The softmax is in float32 or better.
       param_dtype: dtype of the parameters.
-      kernel_init: initialiser of the kernels; the table always starts as a truncated normal of 0.02.
+      kernel_init: initialiser of the kernels.
       bias_init: initialiser of the biases.
+      table_init: initialiser of the table of relative positions, such as `ops.windows.local_position_table`.
 
     Cost:
       4 C^2 + 2 M^2 C multiply-accumulates a token of width C, with M^2 tokens a window: that of one window attention.
@@ -235,6 +236,7 @@ class DoubleWindowAttention(nn.Module):
     param_dtype: Dtype = jnp.float32
     kernel_init: Initializer = truncated_normal()
     bias_init: Initializer = zeros()
+    table_init: Initializer = truncated_normal()
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch height width features"]) -> Float[Array, "*batch height width features"]:
@@ -277,7 +279,7 @@ class DoubleWindowAttention(nn.Module):
         table = learned_table(
             self,
             _TABLE,
-            truncated_normal(),
+            self.table_init,
             (rows, self.num_heads),
             self.param_dtype,
             size=f"window_size={self.window_size}",
@@ -330,6 +332,7 @@ class StyleSwinBlock(nn.Module):
       param_dtype: dtype of the parameters.
       kernel_init: initialiser of the kernels, but for those that read the style.
       bias_init: initialiser of the biases, but for the same.
+      table_init: initialiser of the attention's table of relative positions.
 
     Cost:
       (4 + 2 mlp_ratio) C^2 + 2 M^2 C multiply-accumulates a token of width C, with M^2 tokens a window.
@@ -357,6 +360,7 @@ class StyleSwinBlock(nn.Module):
     param_dtype: Dtype = jnp.float32
     kernel_init: Initializer = truncated_normal()
     bias_init: Initializer = zeros()
+    table_init: Initializer = truncated_normal()
 
     @nn.compact
     def __call__(
@@ -377,7 +381,12 @@ class StyleSwinBlock(nn.Module):
         dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         common: dict[str, Any] = {**dtypes, "kernel_init": self.kernel_init, "bias_init": self.bias_init}
         attention = DoubleWindowAttention(
-            self.num_heads, self.window_size, shift_size=self.shift_size, name="attention", **common
+            self.num_heads,
+            self.window_size,
+            shift_size=self.shift_size,
+            table_init=self.table_init,
+            name="attention",
+            **common,
         )
         x = axes.constrain_map(x + attention(AdaptiveInstanceNorm(name="norm1", **dtypes)(x, style)))
         hidden = FeedForward(int(x.shape[-1] * self.mlp_ratio), name="feed_forward", **common)
@@ -411,6 +420,7 @@ class StyleSwin(nn.Module):
       param_dtype: dtype of the parameters.
       kernel_init: initialiser of the kernels of attentions, MLPs and upsampling.
       bias_init: initialiser of the biases.
+      table_init: initialiser of the tables of relative positions.
 
     Cost:
       Linear in the number of pixels. At 256 x 256 with the widths of `styleswin_256_x2` 95.6 G multiply-accumulates and
@@ -448,6 +458,7 @@ class StyleSwin(nn.Module):
     param_dtype: Dtype = jnp.float32
     kernel_init: Initializer = truncated_normal()
     bias_init: Initializer = zeros()
+    table_init: Initializer = truncated_normal()
 
     def setup(self) -> None:
         """Make the parts."""
@@ -473,6 +484,7 @@ class StyleSwin(nn.Module):
                 window_size=min(self.window_size, 4 * 2**index),
                 shift_size=None if self.shift_size is None else min(self.shift_size, 2 * 2**index),
                 mlp_ratio=self.mlp_ratio,
+                table_init=self.table_init,
                 **common,
             )
             wider = None if last else self.features[index + 1]

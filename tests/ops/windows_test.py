@@ -1,5 +1,6 @@
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 
 from jaxlayers.ops.windows import (
     fit_window,
+    local_position_table,
     merge_windows,
     partition_windows,
     relative_position_bias,
@@ -157,6 +159,14 @@ def test_a_smaller_window_reads_the_same_bias_for_the_same_offset(rng):
     np.testing.assert_array_equal(part, whole[:, :2, :, :2])
 
 
+def test_a_local_table_begins_as_a_gaussian_of_the_distance():
+    table = local_position_table(1.5, stddev=1e-6)(jax.random.key(0), (7 * 7, 2), jnp.float32)
+    weights = np.exp(np.asarray(relative_position_bias(table, (4, 4))))
+    places = np.stack(np.divmod(np.arange(16), 4), axis=-1)
+    squares = np.square(places[:, None] - places[None]).sum(-1)
+    np.testing.assert_allclose(weights, np.broadcast_to(np.exp(-squares / 4.5), (2, 16, 16)), atol=1e-5)
+
+
 def test_window_is_clipped_and_not_shifted_along_short_axes_only():
     assert fit_window((10, 10), (4, 4), (2, 2)) == ((4, 4), (2, 2))
     assert fit_window((4, 10), (4, 4), (2, 2)) == ((4, 4), (0, 2))
@@ -172,3 +182,7 @@ def test_clear_errors():
         relative_position_index((5, 4), (4, 4))
     with pytest.raises(ValueError, match=r"table of shape \(9, 2\) must have 25 rows"):
         relative_position_bias(jnp.ones((9, 2)), (3, 3))
+    with pytest.raises(ValueError, match=r"reach=0 must be positive"):
+        local_position_table(0)
+    with pytest.raises(ValueError, match=r"a table of 15 rows must be that of a square window"):
+        local_position_table(1)(jax.random.key(0), (15, 2))

@@ -19,6 +19,7 @@ import pytest
 
 from jaxlayers.core.reference import reference_name
 from jaxlayers.ops import upfirdn
+from jaxlayers.ops.windows import local_position_table
 from jaxlayers.summary import count_macs
 from jaxlayers.testing import BadInput, Case
 from jaxlayers.window import styleswin
@@ -242,6 +243,21 @@ def test_without_shifted_heads_it_is_window_attention():
     assert np.abs(apply_attention(x)[0] - expected).max() > 0.1
 
 
+def test_borders_of_windows_show_less_where_tables_begin_local():
+    x = noise(4, 16, 16, 8)
+
+    def border(**fields):
+        """Return how much larger the steps across a border are than those within a window."""
+        layer = DoubleWindowAttention(num_heads=4, window_size=8, shifted_heads=0, **fields)
+        steps = np.abs(np.diff(layer.apply(layer.init(jax.random.key(1), x), x), axis=1)).mean(axis=(0, 2, 3))
+        return steps[7] / np.delete(steps, 7).mean()
+
+    local = border(table_init=local_position_table(1.0))
+    assert local < 4
+    # Negative control: by the plain table every token of a window begins as about the mean of it.
+    assert border() > 10 * local
+
+
 def test_a_window_as_large_as_the_map_is_dense_attention():
     x = noise(2, 4, 4, 8)
     found, p = apply_attention(x)
@@ -401,7 +417,7 @@ def test_the_generator_of_256_pixels_trains_in_less_memory_when_blocks_are_recom
 
 
 def test_own_fields_stay_few():
-    others = {"parent", "name", "dtype", "param_dtype", "kernel_init", "bias_init"}
+    others = {"parent", "name", "dtype", "param_dtype", "kernel_init", "bias_init", "table_init"}
     for cls in (StyleSwin, StyleSwinBlock, DoubleWindowAttention):
         assert len({field.name for field in dataclasses.fields(cls)} - others) <= 12
     assert issubclass(StyleSwin, nn.Module)
