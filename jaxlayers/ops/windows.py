@@ -194,8 +194,8 @@ def relative_position_bias(
 def local_position_table(reach: float | int, stddev: float = 0.02) -> Initializer:
     """Return an initialiser of tables of relative positions by which every head begins as a Gaussian blur.
 
-    The row of an offset (dy, dx) is -(dy^2 + dx^2) / (2 reach^2) and a truncated normal for each head. While queries and
-    keys are small, a token sees its own neighbourhood instead of the mean of its window, whose borders would show.
+    The row of an offset (dy, dx) is -(dy^2 + dx^2) / (2 reach^2) and a truncated normal for each head. While queries
+    and keys are small, a token sees its own neighbourhood instead of the mean of its window, whose borders would show.
 
     Args:
       reach: standard deviation of the blur, in tokens.
