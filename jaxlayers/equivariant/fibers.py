@@ -18,7 +18,9 @@ from jaxtyping import Array, Bool, Float, Shaped
 from jaxlayers.core import axes
 from jaxlayers.core.dtypes import at_least_float32
 from jaxlayers.core.safe import safe_norm
+from jaxlayers.core.types import Dtype
 from jaxlayers.geometry.harmonics import clebsch_gordan, spherical_harmonics, wigner_d
+from jaxlayers.kernels import dispatch
 from jaxlayers.ops.neighbours import Neighbours, displacements
 
 Fiber = Mapping[int, Shaped[Array, "..."]]
@@ -41,6 +43,18 @@ class Edges(NamedTuple):
     directions: Shaped[Array, "..."]
     features: Shaped[Array, "..."] | None = None
     basis: Pairs | None = None
+
+
+class Factors(NamedTuple):
+    """What `tensor_products` multiplies, for a kernel that does so where messages are made; see `products_along`.
+
+    Attributes:
+      sources: features of the neighbours.
+      basis: from `kernel_basis`.
+    """
+
+    sources: Fiber
+    basis: Pairs
 
 
 def edges_of(
@@ -244,14 +258,31 @@ def over_chunks(
 
 
 def products_along(
-    sources: Fiber, edges: Edges, features: Sequence[int]
-) -> dict[tuple[int, int], Shaped[Array, "..."]]:
-    """Return the `tensor_products` of neighbours' features towards the degrees of `features`."""
-    degrees = [degree for degree, _ in present(features)]
+    sources: Fiber, edges: Edges, features: Sequence[int], dtype: Dtype
+) -> dict[tuple[int, int], Shaped[Array, "..."]] | Factors:
+    """Return the `tensor_products` of neighbours' features towards the degrees of `features`.
+
+    Args:
+      sources: features of the neighbours.
+      edges: their edges.
+      features: channels of each degree of the messages that a `RadialKernel` will make of the products.
+      dtype: that it computes in.
+
+    Returns:
+      The products, or the factors where the scope chooses a kernel that multiplies them itself; see `dispatch`.
+
+    Raises:
+      ValueError: if that kernel was chosen and does not serve this.
+    """
+    wanted = dict(present(features))
     basis = edges.basis
-    if basis is None or any((k, degree) not in basis for k in sources for degree in degrees):
-        basis = kernel_basis(edges.directions, sorted(sources), degrees)
-    return tensor_products(sources, basis, degrees)
+    if basis is None or any((k, degree) not in basis for k in sources for degree in wanted):
+        basis = kernel_basis(edges.directions, sorted(sources), sorted(wanted))
+    pairs = [(k, degree) for k in sorted(sources) for degree in wanted]
+    outputs = sum(sources[k].shape[-2] * wanted[degree] * (2 * min(k, degree) + 1) for k, degree in pairs)
+    if dispatch.edge_kernel(outputs, max(max(pair) for pair in pairs), dtype) == "pallas":
+        return Factors(dict(sources), {pair: basis[pair] for pair in pairs})
+    return tensor_products(sources, basis, list(wanted))
 
 
 def radial_inputs(edges: Edges) -> Float[Array, "*edges inputs"]:

@@ -201,11 +201,11 @@ class _EdgeAttention(nn.Module):
             sources[1] = _first_moved(sources[1], vectors)
         elif self.relative == "subtract" and 1 in sources and sources[1].shape[-2] > 1:
             sources[1] = _first_moved(sources[1], -vectors)
-        products = products_along(sources, edges, self.values)
+        dtype = self.dtype or jnp.promote_types(compute_dtype(*sources.values()), self.param_dtype)
+        products = products_along(sources, edges, self.values, dtype)
         radial = radial_inputs(edges)
         kernels = (self.hidden_features, self.dtype, self.param_dtype, self.kernel_init, self.bias_init)
-        towards_keys = {pair: part for pair, part in products.items() if self.keys[pair[1]]}
-        key = self._heads(RadialKernel(self.keys, *kernels, name="key")(towards_keys, radial))
+        key = self._heads(RadialKernel(self.keys, *kernels, name="key")(products, radial))
         value = RadialKernel(self.values, *kernels, name="value")(products, radial)
         queries = self._heads(query)
         size = sum(count * (2 * degree + 1) for degree, count in present(self.keys))

@@ -21,6 +21,7 @@ from jaxlayers.core.safe import safe_divide, safe_norm
 from jaxlayers.core.types import ActivationFn, Dtype, Initializer
 from jaxlayers.equivariant.fibers import (
     Edges,
+    Factors,
     Fiber,
     Pairs,
     check_channels,
@@ -32,6 +33,7 @@ from jaxlayers.equivariant.fibers import (
     products_along,
     radial_inputs,
 )
+from jaxlayers.kernels.pallas_edges import edge_messages
 from jaxlayers.nn.multi_head import attention_weights
 from jaxlayers.ops.neighbours import gather
 
@@ -298,12 +300,13 @@ class RadialKernel(nn.Module):
 
     @nn.compact
     def __call__(
-        self, products: Pairs, radial_inputs: Float[Array, "*edges inputs"]
+        self, products: Pairs | Factors, radial_inputs: Float[Array, "*edges inputs"]
     ) -> dict[int, Shaped[Array, "..."]]:
         """Mix the products.
 
         Args:
-          products: (k, l) to `[*edges, channels, paths, 2 l + 1]`, from `tensor_products`.
+          products: (k, l) to `[*edges, channels, paths, 2 l + 1]`, from `tensor_products`; or its factors, which a
+            Pallas kernel then multiplies and mixes.
           radial_inputs: invariants of each edge, such as the distance.
 
         Returns:
@@ -316,14 +319,20 @@ class RadialKernel(nn.Module):
         if self.hidden_features < 1:
             raise ValueError(f"hidden_features={self.hidden_features} must be positive; set it")
         wanted = dict(present(self.features))
-        pairs = sorted(pair for pair in products if pair[1] in wanted)
+        if isinstance(products, Factors):
+            parts: Mapping[Any, Any] = products.sources
+            terms = {pair: parts[pair[0]].shape[-2] * x.shape[-3] for pair, x in products.basis.items()}
+        else:
+            parts = products
+            terms = {pair: x.shape[-3] * x.shape[-2] for pair, x in products.items()}
+        pairs = sorted(pair for pair in terms if pair[1] in wanted)
         lacking = set(wanted) - {degree for _, degree in pairs}
         if lacking:
             raise ValueError(
                 f"features={self.features} asks for degree {min(lacking)}, but the products lead to degrees "
-                f"{sorted({degree for _, degree in products})} only; set out_degrees of tensor_products"
+                f"{sorted({degree for _, degree in terms})} only; set out_degrees of tensor_products"
             )
-        dtype = compute_dtype(radial_inputs, *products.values(), dtype=self.dtype)
+        dtype = compute_dtype(radial_inputs, *parts.values(), dtype=self.dtype)
         dtype = dtype if self.dtype is not None else jnp.promote_types(dtype, self.param_dtype)
         hidden = radial_inputs.astype(dtype)[..., None, :]
         for layer in range(2):
@@ -335,27 +344,36 @@ class RadialKernel(nn.Module):
             hidden = jnp.broadcast_to(hidden, (*hidden.shape[:-2], len(pairs), hidden.shape[-1]))
             hidden = jnp.einsum("...pi,pih->...ph", hidden, kernel.astype(dtype)) + bias.astype(dtype)
             hidden = nn.relu(_standardised(hidden) * scale.astype(dtype) + shift.astype(dtype))
-        sizes = [products[pair].shape[-3] * products[pair].shape[-2] for pair in pairs]
-        widths = [wanted[degree] * size for (_, degree), size in zip(pairs, sizes, strict=True)]
+        widths = [wanted[degree] * terms[k, degree] for k, degree in pairs]
         # One array for all pairs, in their order: many small ones take long to initialise and to compile.
         last = (self.hidden_features, sum(widths))
         kernel = self.param("kernel", _single(self.kernel_init), last, self.param_dtype).astype(dtype)
         bias = self.param("bias", self.bias_init, last[1:], self.param_dtype).astype(dtype)
-        out: dict[int, Any] = {}
-        start = 0
-        for index, ((k, degree), size, width) in enumerate(zip(pairs, sizes, widths, strict=True)):
-            columns = slice(start, start + width)
-            start += width
-            radial = hidden[..., index, :] @ kernel[:, columns] + bias[columns]
-            radial = radial.reshape(*radial.shape[:-1], wanted[degree], size)
-            product = products[k, degree].astype(dtype)
-            product = product.reshape(*product.shape[:-3], size, product.shape[-1])
-            mixed = radial @ product
-            out[degree] = out[degree] + mixed if degree in out else mixed
+        if isinstance(products, Factors):
+            basis = {pair: products.basis[pair] for pair in pairs}
+            out = edge_messages(hidden, kernel, bias, basis, products.sources, wanted)
+        else:
+            out = _mixed(hidden, kernel, bias, {pair: products[pair].astype(dtype) for pair in pairs}, wanted)
         for degree, mixed in out.items():
-            terms = sum(size for (_, other), size in zip(pairs, sizes, strict=True) if other == degree)
-            out[degree] = mixed / math.sqrt(terms)
+            out[degree] = mixed / math.sqrt(sum(terms[pair] for pair in pairs if pair[1] == degree))
         return out
+
+
+def _mixed(
+    hidden: jax.Array, kernel: jax.Array, bias: jax.Array, products: Mapping[tuple[int, int], Any], wanted: Any
+) -> dict[int, Any]:
+    """Return what `pallas_edges.edge_messages` does, from the products."""
+    out: dict[int, Any] = {}
+    start = 0
+    for index, ((_, degree), product) in enumerate(sorted(products.items())):
+        size = product.shape[-3] * product.shape[-2]
+        columns = slice(start, start + wanted[degree] * size)
+        start = columns.stop
+        radial = hidden[..., index, :] @ kernel[:, columns] + bias[columns]
+        radial = radial.reshape(*radial.shape[:-1], wanted[degree], size)
+        mixed = radial @ product.reshape(*product.shape[:-3], size, product.shape[-1])
+        out[degree] = out[degree] + mixed if degree in out else mixed
+    return out
 
 
 class TensorFieldConv(nn.Module):
@@ -450,7 +468,8 @@ class _Convolution(nn.Module):
     @nn.compact
     def __call__(self, nodes: Fiber, edges: Edges, here: Fiber) -> dict[int, Shaped[Array, "..."]]:
         sources = {degree: gather(x, edges.neighbours.indices) for degree, x in nodes.items()}
-        products = products_along(sources, edges, self.features)
+        dtype = self.dtype or jnp.promote_types(compute_dtype(*sources.values()), self.param_dtype)
+        products = products_along(sources, edges, self.features, dtype)
         kernel = RadialKernel(
             self.features,
             self.hidden_features,

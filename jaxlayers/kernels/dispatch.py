@@ -6,8 +6,8 @@ The choice is made while a function is traced, by the innermost `use` around it:
         logits = jax.jit(model.apply)(variables, x)
 
 "jnp", the default, serves everything everywhere. "pallas" takes a Pallas kernel wherever there is one, and refuses what
-that does not serve. "table" takes it where `WINDOW_TABLE` says that it is faster on the platform, and "jnp" elsewhere.
-Parameters, values and gradients are the same.
+that does not serve. "table" takes it where `WINDOW_TABLE` or `EDGE_TABLE` says that it is faster on the platform, and
+"jnp" elsewhere. Parameters, values and gradients are the same.
 """
 
 import contextlib
@@ -34,6 +34,9 @@ MOST_ROW_BYTES = 2**20
 MOST_WINDOW_TOKENS = 256
 """Of a window that `pallas_window` serves."""
 
+MOST_RADIAL_OUTPUTS = 24576
+"""Of the radial functions of an edge that `pallas_edges` serves: all pairs of channels and paths."""
+
 # Part of the key of JAX's tracing caches: a jitted function is traced again under another value.
 _scope = jax.make_user_context(("jnp", ""))
 
@@ -55,6 +58,25 @@ class Row:
 
 # By the TPU compiler's estimates, see docs/decisions/window_kernel.md; on no other platform is there a kernel.
 WINDOW_TABLE: tuple[Row, ...] = (Row("tpu", tokens=(49, 144), dim=(32, 32)),)
+
+
+@dataclasses.dataclass(frozen=True)
+class EdgeRow:
+    """When the Pallas kernel for messages of SE(3)-equivariant edges is taken.
+
+    Attributes:
+      platform: what the program is compiled for.
+      degree: the least and the greatest highest degree.
+      outputs: the fewest and the most outputs of the radial functions of an edge.
+    """
+
+    platform: str
+    degree: tuple[int, int]
+    outputs: tuple[int, int]
+
+
+# By the TPU compiler's estimates, see docs/decisions/edge_kernel.md; on no other platform is there a kernel.
+EDGE_TABLE: tuple[EdgeRow, ...] = (EdgeRow("tpu", degree=(1, 1), outputs=(2400, 2400)),)
 
 
 @contextlib.contextmanager
@@ -127,6 +149,39 @@ def window_kernel(tokens: int, dim: int, dtype: Any, dropout_rate: float) -> Ker
     return "pallas" if fits and not refusal and dtype == jnp.bfloat16 else "jnp"
 
 
+def edge_kernel(outputs: int, degree: int, dtype: Any) -> Kernel:
+    """Return which kernel computes messages of SE(3)-equivariant edges.
+
+    Args:
+      outputs: outputs of the radial functions of an edge: channels_k features_l (2 min(k, l) + 1) over all pairs of
+        degrees (k, l).
+      degree: the highest degree.
+      dtype: of the messages.
+
+    Raises:
+      ValueError: if "pallas" was chosen and its kernel does not serve this.
+    """
+    choice, platform = _scope.value
+    if choice == "jnp":
+        return "jnp"
+    platform = platform or jax.default_backend()
+    refusal = _platform_refusal(platform) or _dtype_refusal(dtype)
+    if outputs > MOST_RADIAL_OUTPUTS:
+        refusal = refusal or f"radial functions of {outputs} outputs must have at most {MOST_RADIAL_OUTPUTS}"
+    if choice == "pallas":
+        if refusal:
+            raise ValueError(f"{refusal} with kernels='pallas'; choose 'table' or 'jnp'")
+        return "pallas"
+    fits = any(
+        platform == row.platform
+        and row.degree[0] <= degree <= row.degree[1]
+        and row.outputs[0] <= outputs <= row.outputs[1]
+        for row in EDGE_TABLE
+    )
+    # Only float32 was weighed.
+    return "pallas" if fits and not refusal and dtype == jnp.float32 else "jnp"
+
+
 def cut_kernel(size: Sequence[int], window: Sequence[int], features: int, dtype: Any) -> Kernel:
     """Return which kernel cuts a map into windows and joins them.
 
@@ -149,12 +204,18 @@ def cut_kernel(size: Sequence[int], window: Sequence[int], features: int, dtype:
 
 def _refusal(tokens: int, dtype: Any, dropout_rate: float, platform: str) -> str:
     """Return which rule of the kernel for windows a call breaks; empty = none."""
-    if platform not in ("cpu", "tpu"):
-        return f"platform {platform!r} must be TPU (or CPU, interpreted)"
+    if found := _platform_refusal(platform):
+        return found
     if dropout_rate:
         return f"attention_dropout_rate={dropout_rate} must be 0"
     if tokens > MOST_WINDOW_TOKENS:
         return f"windows of {tokens} tokens must have at most {MOST_WINDOW_TOKENS}"
-    if dtype not in (jnp.float32, jnp.bfloat16):
-        return f"dtype={dtype} must be float32 or bfloat16"
-    return ""
+    return _dtype_refusal(dtype)
+
+
+def _platform_refusal(platform: str) -> str:
+    return "" if platform in ("cpu", "tpu") else f"platform {platform!r} must be TPU (or CPU, interpreted)"
+
+
+def _dtype_refusal(dtype: Any) -> str:
+    return "" if dtype in (jnp.float32, jnp.bfloat16) else f"dtype={dtype} must be float32 or bfloat16"
