@@ -1,14 +1,16 @@
-"""Compare the Pallas kernels for windows with what XLA makes of the same block, by the TPU compiler's own estimates.
+"""Compare the Pallas kernels of a block with what XLA makes of the same block, by the TPU compiler's own estimates.
 
-    python -m tools.kernel_cost --python .venv-tpu/bin/python
+    python -m tools.kernel_cost --python .venv-tpu/bin/python [--feed-forward]
 
 For each size the forward and backward pass of a `SwinBlock` on eight maps in bfloat16 is compiled for one chip: once as
 XLA has it, once with the kernels. Of what XLA compiles the cycles are its estimates, of every kernel in it they are
-those of its schedule (`tools.plan_kernels`). Writes the table of docs/decisions/window_kernel.md to standard output.
+those of its schedule (`tools.plan_kernels`). Writes the table of docs/decisions/window_kernel.md to standard output, or,
+of a block's second half alone, that of docs/decisions/feed_forward_kernel.md.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -46,6 +48,14 @@ class Size:
         """The shift, along both axes."""
         return self.window // 2 if self.shifted else 0
 
+    def layer(self) -> Any:
+        """Return the block."""
+        import jax.numpy as jnp
+
+        from jaxlayers.window import SwinBlock
+
+        return SwinBlock(self.heads, self.window, self.shift, dtype=jnp.bfloat16)
+
 
 # The stages of Swin-T at 224 pixels, the first of Swin V2 at 256, and windows of 12.
 SIZES = (
@@ -58,7 +68,43 @@ SIZES = (
 )
 
 
-def block_cycles(size: Size, chip: str) -> dict[str, int]:
+@dataclasses.dataclass(frozen=True)
+class Half:
+    """One row of the second table: norm, MLP and residual sum.
+
+    Attributes:
+      side: of the map.
+      features: of the map; the hidden layer has four times as many.
+    """
+
+    side: int
+    features: int
+
+    def layer(self) -> Any:
+        """Return the module."""
+        import flax.linen as nn
+        import jax.numpy as jnp
+
+        from jaxlayers.core import axes
+        from jaxlayers.nn.drop_path import DropPath
+        from jaxlayers.nn.feed_forward import FeedForward, add_feed_forward
+
+        norm = functools.partial(nn.LayerNorm, dtype=jnp.bfloat16)
+        feed_forward = functools.partial(FeedForward, 4 * self.features, dtype=jnp.bfloat16)
+
+        class Layer(nn.Module):
+            @nn.compact
+            def __call__(self, x: Any) -> Any:
+                return add_feed_forward(x, norm, feed_forward, DropPath(), names=(axes.BATCH, axes.HEIGHT, axes.WIDTH))
+
+        return Layer()
+
+
+# The first stages of Swin-T, and the first of Swin-B.
+HALVES = (Half(56, 96), Half(28, 192), Half(14, 384), Half(56, 128))
+
+
+def block_cycles(size: Size | Half, chip: str) -> dict[str, int]:
     """Return the cycles of a block's forward and backward pass.
 
     `jnp` are those of XLA alone, `pallas` those of what it compiles beside the kernels, `kernels` those of the kernels.
@@ -70,10 +116,9 @@ def block_cycles(size: Size, chip: str) -> dict[str, int]:
     import jax.numpy as jnp
 
     from jaxlayers.kernels import dispatch
-    from jaxlayers.window import SwinBlock
 
     place = chips.topology(f"{chip}:2x2")
-    block = SwinBlock(size.heads, size.window, size.shift, dtype=jnp.bfloat16)
+    block = size.layer()
     x = jax.ShapeDtypeStruct((IMAGES, size.side, size.side, size.features), jnp.bfloat16)
     variables = jax.eval_shape(block.init, jax.random.key(0), x)
 
@@ -91,7 +136,7 @@ def block_cycles(size: Size, chip: str) -> dict[str, int]:
     return found
 
 
-def measured(size: Size, chip: str, python: str) -> dict[str, int]:
+def measured(size: Size | Half, chip: str, python: str) -> dict[str, int]:
     """Return what `block_cycles` does, in a process that has libtpu.
 
     Raises:
@@ -120,6 +165,17 @@ def row(size: Size, found: dict[str, int]) -> str:
     )
 
 
+def half_row(size: Half, found: dict[str, int]) -> str:
+    """Return a row of the second table."""
+    whole = found["pallas"] + found["kernels"]
+    return (
+        f"| {size.side} x {size.side} x {size.features} | {found['jnp']:,} | {found['pallas']:,} "
+        f"| {found['kernels']:,} | {found['jnp'] / whole:.2f} |"
+    )
+
+
+HALF_HEAD = """| map | XLA alone | XLA beside the kernels | kernels | ratio |
+| --- | --- | --- | --- | --- |"""
 HEAD = """| map | heads | window | XLA alone | XLA beside the kernels | kernels | ratio |
 | --- | --- | --- | --- | --- | --- | --- |"""
 
@@ -129,14 +185,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.kernel_cost", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--python", default=sys.executable, help="an interpreter that has libtpu")
     parser.add_argument("--chip", default="v5e")
+    parser.add_argument("--feed-forward", action="store_true", help="weigh the second half of blocks alone")
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.one:
-        print(json.dumps(block_cycles(Size(**json.loads(options.one)), options.chip)))
+        fields = json.loads(options.one)
+        size = Size(**fields) if "heads" in fields else Half(**fields)
+        print(json.dumps(block_cycles(size, options.chip)))
+        return
+    if options.feed_forward:
+        print(HALF_HEAD, flush=True)
+        for half in HALVES:
+            print(half_row(half, measured(half, options.chip, options.python)), flush=True)
         return
     print(HEAD, flush=True)
-    for size in SIZES:
-        print(row(size, measured(size, options.chip, options.python)), flush=True)
+    for each in SIZES:
+        print(row(each, measured(each, options.chip, options.python)), flush=True)
 
 
 if __name__ == "__main__":

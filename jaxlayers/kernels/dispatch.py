@@ -6,18 +6,21 @@ The choice is made while a function is traced, by the innermost `use` around it:
         logits = jax.jit(model.apply)(variables, x)
 
 "jnp", the default, serves everything everywhere. "pallas" takes a Pallas kernel wherever there is one, and refuses what
-that does not serve. "table" takes it where `WINDOW_TABLE` or `EDGE_TABLE` says that it is faster on the platform, and
-"jnp" elsewhere. Parameters, values and gradients are the same.
+that does not serve. "table" takes it where a table below says that it is faster on the platform, and "jnp" elsewhere.
+Parameters, values and gradients are the same.
 """
 
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
+
+from jaxlayers.core import axes
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -36,6 +39,11 @@ MOST_WINDOW_TOKENS = 256
 
 MOST_RADIAL_OUTPUTS = 24576
 """Of the radial functions of an edge that `pallas_edges` serves: all pairs of channels and paths."""
+
+MOST_WEIGHTS = 2**20
+"""Of either projection of a perceptron that `pallas_feed_forward` serves."""
+MOST_TOKENS = 1024
+"""Of a row of tokens that `pallas_feed_forward` serves, unless they are a multiple of 8."""
 
 # Part of the key of JAX's tracing caches: a jitted function is traced again under another value.
 _scope = jax.make_user_context(("jnp", ""))
@@ -77,6 +85,9 @@ class EdgeRow:
 
 # By the TPU compiler's estimates, see docs/decisions/edge_kernel.md; on no other platform is there a kernel.
 EDGE_TABLE: tuple[EdgeRow, ...] = (EdgeRow("tpu", degree=(1, 1), outputs=(2400, 2400)),)
+
+# Features of a perceptron whose hidden layer is at most four times as wide, see docs/decisions/feed_forward_kernel.md.
+FEED_FORWARD_TABLE: tuple[tuple[str, tuple[int, int]], ...] = (("tpu", (96, 384)),)
 
 
 @contextlib.contextmanager
@@ -200,6 +211,35 @@ def cut_kernel(size: Sequence[int], window: Sequence[int], features: int, dtype:
     row = window[0] * size[-1] * -(-features // 128) * 128 * jnp.dtype(dtype).itemsize
     serves = len(size) == 2 and dtype in (jnp.float32, jnp.bfloat16)
     return "pallas" if serves and size[1] // window[1] <= MOST_WINDOWS and row <= MOST_ROW_BYTES else "jnp"
+
+
+def feed_forward_kernel(tokens: int, features: int, hidden: int, dtype: Any) -> Kernel:
+    """Return which kernel computes x + MLP(norm(x)).
+
+    "pallas" takes it where it serves and refuses nothing, since what a block consists of may be another thing. Where
+    the logical rules split the hidden layer over devices it is "jnp".
+
+    Args:
+      tokens: along the last axis of tokens.
+      features: of a token.
+      hidden: width of the hidden layer.
+      dtype: of the tokens, and of all products.
+    """
+    choice, platform = _scope.value
+    platform = platform or jax.default_backend()
+    dtype = jnp.dtype(dtype)
+    if choice == "jnp" or platform not in ("cpu", "tpu") or dtype not in (jnp.float32, jnp.bfloat16):
+        return "jnp"
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = math.prod(mesh.shape[name] for name in axes.split((hidden,), axes.HIDDEN)[0])
+    if parts > 1 or features * hidden > MOST_WEIGHTS or (tokens > MOST_TOKENS and tokens % 8):
+        return "jnp"
+    # Only bfloat16 was weighed.
+    fits = dtype == jnp.bfloat16 and any(
+        platform == name and least <= features <= most and hidden <= 4 * features
+        for name, (least, most) in FEED_FORWARD_TABLE
+    )
+    return "pallas" if choice == "pallas" or fits else "jnp"
 
 
 def _refusal(tokens: int, dtype: Any, dropout_rate: float, platform: str) -> str:

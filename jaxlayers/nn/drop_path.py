@@ -83,7 +83,26 @@ class DropPath(nn.Module):
             )
         if deterministic or (rate is None and self.rate == 0.0):
             return x
-        keep = jnp.asarray(1.0 - (self.rate if rate is None else rate), jnp.float32)
-        shape = x.shape[: self.batch_ndim] + (1,) * (x.ndim - self.batch_ndim)
-        kept = jax.random.bernoulli(self.make_rng("dropout"), keep, shape)
+        kept, keep = self._draw(x.shape[: self.batch_ndim], rate)
+        kept = kept.reshape(kept.shape + (1,) * (x.ndim - self.batch_ndim))
         return jnp.where(kept, x / keep.astype(x.dtype), jnp.zeros((), x.dtype))
+
+    def factor(
+        self, batch: tuple[int, ...], rate: Float[Array, ""] | None = None, *, deterministic: bool = True
+    ) -> Float[Array, "*batch"] | None:
+        """Return b / (1 - rate) of each sample, which a call in its place would draw; `None` if it drops nothing.
+
+        Args:
+          batch: shape of the samples.
+          rate: as of a call.
+          deterministic: as of a call.
+        """
+        if deterministic or (rate is None and self.rate == 0.0):
+            return None
+        kept, keep = self._draw(batch, rate)
+        return jnp.where(kept, 1 / keep, 0.0)
+
+    def _draw(self, batch: tuple[int, ...], rate: Array | None) -> tuple[Array, Array]:
+        """Return which samples are kept, and with what probability."""
+        keep = jnp.asarray(1.0 - (self.rate if rate is None else rate), jnp.float32)
+        return jax.random.bernoulli(self.make_rng("dropout"), keep, batch), keep

@@ -1,6 +1,8 @@
-"""The two-layer perceptron of transformer blocks."""
+"""The two-layer perceptron of transformer blocks, alone and as the second half of one."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -9,6 +11,8 @@ from jaxtyping import Array, Float
 from jaxlayers.core import axes
 from jaxlayers.core.initializers import truncated_normal, zeros
 from jaxlayers.core.types import ActivationFn, Dtype, Initializer
+from jaxlayers.kernels import dispatch
+from jaxlayers.nn.drop_path import DropPath
 
 exact_gelu = functools.partial(nn.gelu, approximate=False)
 
@@ -97,3 +101,121 @@ class FeedForward(nn.Module):
         x = nn.Dropout(self.dropout_rate)(x, deterministic=deterministic)
         x = dense(out_features, name="down")(x)
         return nn.Dropout(self.dropout_rate)(x, deterministic=deterministic)
+
+
+def add_feed_forward(
+    x: Float[Array, "*tokens features"],
+    norm: Callable[..., Any],
+    feed_forward: Callable[..., FeedForward],
+    drop_path: DropPath,
+    drop_path_rate: Float[Array, ""] | None = None,
+    *,
+    names: tuple[str | None, ...],
+    deterministic: bool = True,
+) -> Float[Array, "*tokens features"]:
+    """Return x + drop(MLP(norm(x))), the second half of a block, in whose compact method this is called.
+
+    Its submodules there are `norm2` and `feed_forward`. One Pallas kernel computes all of it where the scope chooses so
+    (`kernels.dispatch`): with a `flax.linen.LayerNorm`, an exact GELU and no dropout, in the dtype of `x`. Parameters
+    and random draws are the same; the intermediates of the submodules are then not captured.
+
+    Args:
+      x: tokens, batch first.
+      norm: makes the norm, called as `norm(name=...)`.
+      feed_forward: makes the perceptron, called alike.
+      drop_path: of the branch.
+      drop_path_rate: replaces its field; may be traced.
+      names: logical axes of the tokens, batch included, counted from the right.
+      deterministic: no dropout, no dropped branches.
+
+    Returns:
+      Tokens like `x`.
+    """
+    if _serves(x, norm, feed_forward, deterministic):
+        # It takes over a second to import.
+        from jaxlayers.kernels import pallas_feed_forward
+
+        affine, fields = norm(parent=None), feed_forward(parent=None)
+        scale, offset = _Norm(affine.param_dtype, affine.scale_init, affine.bias_init, name="norm2")(x)
+        weights = _FeedForward(
+            fields.hidden_features, fields.param_dtype, fields.kernel_init, fields.bias_init, name="feed_forward"
+        )(x)
+        factor = drop_path.factor(x.shape[: drop_path.batch_ndim], drop_path_rate, deterministic=deterministic)
+        return pallas_feed_forward.residual_feed_forward(
+            x, scale, offset, *weights, factor, epsilon=affine.epsilon, names=names
+        )
+    y = feed_forward(name="feed_forward")(norm(name="norm2")(x), deterministic=deterministic)
+    return x + drop_path(y, drop_path_rate, deterministic=deterministic)
+
+
+def _serves(x: Array, norm: Callable[..., Any], feed_forward: Callable[..., FeedForward], deterministic: bool) -> bool:
+    """Return whether the scope chooses the kernel, and it computes what these make."""
+    if not isinstance(norm, functools.partial) or norm.func is not nn.LayerNorm:
+        return False
+    found, fields = norm(parent=None), feed_forward(parent=None)
+    plain = nn.LayerNorm(
+        epsilon=found.epsilon,
+        dtype=found.dtype,
+        param_dtype=found.param_dtype,
+        scale_init=found.scale_init,
+        bias_init=found.bias_init,
+        parent=None,
+    )
+    dtypes = {
+        jnp.dtype(nn.dtypes.canonicalize_dtype(x, jnp.zeros((), each.param_dtype), dtype=each.dtype))
+        for each in (found, fields)
+    }
+    return (
+        found == plain
+        and dtypes == {x.dtype}
+        and fields.use_bias
+        and fields.hidden_features > 0
+        and fields.activation_fn is exact_gelu
+        and fields.out_features in (None, x.shape[-1])
+        and (deterministic or not fields.dropout_rate)
+        and dispatch.feed_forward_kernel(x.shape[-2], x.shape[-1], fields.hidden_features, x.dtype) == "pallas"
+    )
+
+
+class _Norm(nn.Module):
+    """Return scale and bias of a `flax.linen.LayerNorm`."""
+
+    param_dtype: Dtype
+    scale_init: Initializer
+    bias_init: Initializer
+
+    @nn.compact
+    def __call__(self, x: Array) -> tuple[Array, Array]:
+        shape = x.shape[-1:]
+        scale = self.param("scale", self.scale_init, shape, self.param_dtype)
+        return scale, self.param("bias", self.bias_init, shape, self.param_dtype)
+
+
+class _Dense(nn.Module):
+    """Return kernel and bias of a `flax.linen.Dense`."""
+
+    shape: tuple[int, int]
+    param_dtype: Dtype
+    kernel_init: Initializer
+    bias_init: Initializer
+
+    @nn.compact
+    def __call__(self) -> tuple[Array, Array]:
+        kernel = self.param("kernel", self.kernel_init, self.shape, self.param_dtype)
+        return kernel, self.param("bias", self.bias_init, self.shape[1:], self.param_dtype)
+
+
+class _FeedForward(nn.Module):
+    """Return the weights of a `FeedForward`: each projection and its bias."""
+
+    hidden_features: int
+    param_dtype: Dtype
+    kernel_init: Initializer
+    bias_init: Initializer
+
+    @nn.compact
+    def __call__(self, x: Array) -> tuple[Array, Array, Array, Array]:
+        fields = self.param_dtype, self.kernel_init, self.bias_init
+        up, up_bias = _Dense((x.shape[-1], self.hidden_features), *fields, name="up")()
+        down, down_bias = _Dense((self.hidden_features, x.shape[-1]), *fields, name="down")()
+        return up, up_bias, down, down_bias

@@ -13,7 +13,7 @@ from jaxlayers.core.initializers import truncated_normal, zeros
 from jaxlayers.core.types import Dtype, Initializer
 from jaxlayers.nn.attention import MultiHeadAttention
 from jaxlayers.nn.drop_path import DropPath
-from jaxlayers.nn.feed_forward import FeedForward
+from jaxlayers.nn.feed_forward import FeedForward, add_feed_forward
 
 layer_norm = functools.partial(nn.LayerNorm, epsilon=1e-6)
 
@@ -108,7 +108,7 @@ class TransformerBlock(nn.Module):
             y, mask=mask
         )
         x = axes.constrain_tokens(x + drop_path(y, deterministic=deterministic), *self.groups)
-        y = FeedForward(int(x.shape[-1] * self.mlp_ratio), name="feed_forward", **common)(
-            norm(name="norm2")(x), deterministic=deterministic
-        )
-        return axes.constrain_tokens(x + drop_path(y, deterministic=deterministic), *self.groups)
+        feed_forward = functools.partial(FeedForward, int(x.shape[-1] * self.mlp_ratio), **common)
+        names = (axes.BATCH, *self.groups, None if self.groups else axes.TOKENS)
+        x = add_feed_forward(x, norm, feed_forward, drop_path, names=names, deterministic=deterministic)
+        return axes.constrain_tokens(x, *self.groups)

@@ -27,7 +27,7 @@ from jaxlayers.core.pyramid import Level
 from jaxlayers.core.types import Dtype, Initializer, Params, PRNGKey
 from jaxlayers.kernels import dispatch
 from jaxlayers.nn.drop_path import DropPath, drop_path_rates
-from jaxlayers.nn.feed_forward import FeedForward
+from jaxlayers.nn.feed_forward import FeedForward, add_feed_forward
 from jaxlayers.nn.learned_table import learned_table
 from jaxlayers.nn.multi_head import attention_weights, merge_heads, split_heads
 from jaxlayers.nn.patch_embed import PatchEmbed
@@ -332,10 +332,11 @@ class SwinBlock(nn.Module):
         y = nn.Dropout(self.dropout_rate)(y, deterministic=deterministic)
         x = axes.constrain_map(x + drop_path(y, drop_path_rate, deterministic=deterministic), len(full_window))
 
-        y = FeedForward(int(features * self.mlp_ratio), dropout_rate=self.dropout_rate, name="feed_forward", **common)(
-            norm(name="norm2")(x), deterministic=deterministic
+        feed_forward = functools.partial(
+            FeedForward, int(features * self.mlp_ratio), dropout_rate=self.dropout_rate, **common
         )
-        x = x + drop_path(y, drop_path_rate, deterministic=deterministic)
+        names = (axes.BATCH, *axes.SPACE[len(full_window)])
+        x = add_feed_forward(x, norm, feed_forward, drop_path, drop_path_rate, names=names, deterministic=deterministic)
         return axes.constrain_map(x, len(full_window))
 
 

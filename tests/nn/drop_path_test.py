@@ -41,6 +41,18 @@ def test_a_traced_rate_draws_what_the_field_draws():
     np.testing.assert_array_equal(draw(DropPath(rate=0.3), x, jnp.asarray(0.0)), x)
 
 
+def test_the_factor_is_what_a_call_in_its_place_multiplies_by():
+    module, x = DropPath(rate=0.25, batch_ndim=2), jnp.ones((16, 4, 3, 2))
+    rngs = {"dropout": jax.random.key(0)}
+    factor = module.apply({}, (16, 4), deterministic=False, rngs=rngs, method="factor")
+    np.testing.assert_array_equal(jnp.broadcast_to(factor[..., None, None], x.shape), draw(module, x))
+    assert len(set(np.asarray(factor).ravel())) == 2
+    other = module.apply({}, (16, 4), jnp.asarray(0.5), deterministic=False, rngs=rngs, method="factor")
+    assert np.asarray(other).max() == 2
+    assert module.apply({}, (16, 4), method="factor") is None
+    assert DropPath().apply({}, (16, 4), deterministic=False, method="factor") is None
+
+
 def test_deterministic_and_rate_zero_need_no_random_numbers():
     x = jnp.ones((2, 3))
     assert DropPath(rate=0.5).apply({}, x) is x
