@@ -4,8 +4,8 @@
 
 For each size the forward and backward pass of a `SwinBlock` on eight maps in bfloat16 is compiled for one chip: once as
 XLA has it, once with the kernels. Of what XLA compiles the cycles are its estimates, of every kernel in it they are
-those of its schedule (`tools.plan_kernels`). Writes the table of docs/decisions/window_kernel.md to standard output, or,
-of a block's second half alone, that of docs/decisions/feed_forward_kernel.md.
+those of its schedule (`tools.plan_kernels`). Writes the table of docs/decisions/window_kernel.md to standard output,
+or, of a second half alone, that of docs/decisions/feed_forward_kernel.md.
 """
 
 import argparse

@@ -44,6 +44,10 @@ MOST_WEIGHTS = 2**20
 """Of either projection of a perceptron that `pallas_feed_forward` serves."""
 MOST_TOKENS = 1024
 """Of a row of tokens that `pallas_feed_forward` serves, unless they are a multiple of 8."""
+MOST_BLOCK_TOKENS = 64
+"""Of a window that `pallas_window_block` serves."""
+MOST_BLOCK_FEATURES = 512
+"""Of tokens that `pallas_window_block` serves: its weights and their gradients stay in fast memory."""
 
 # Part of the key of JAX's tracing caches: a jitted function is traced again under another value.
 _scope = jax.make_user_context(("jnp", ""))
@@ -51,21 +55,29 @@ _scope = jax.make_user_context(("jnp", ""))
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """When the Pallas kernel for windows is taken.
+    """When a Pallas kernel for windows is taken.
 
     Attributes:
       platform: what the program is compiled for.
       tokens: the fewest and the most tokens of a window.
       dim: the fewest and the most features of a head.
+      features: the fewest and the most features of a token.
     """
 
     platform: str
     tokens: tuple[int, int]
     dim: tuple[int, int]
+    features: tuple[int, int] = (1, 2**20)
+
+    def fits(self, platform: str, tokens: int, dim: int, features: int = 1) -> bool:
+        """Return whether a call is within the row."""
+        given = ((self.tokens, tokens), (self.dim, dim), (self.features, features))
+        return platform == self.platform and all(low <= value <= high for (low, high), value in given)
 
 
 # By the TPU compiler's estimates, see docs/decisions/window_kernel.md; on no other platform is there a kernel.
 WINDOW_TABLE: tuple[Row, ...] = (Row("tpu", tokens=(49, 144), dim=(32, 32)),)
+BLOCK_TABLE: tuple[Row, ...] = (Row("tpu", tokens=(49, 64), dim=(32, 32), features=(96, 384)),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,10 +164,7 @@ def window_kernel(tokens: int, dim: int, dtype: Any, dropout_rate: float) -> Ker
         if refusal:
             raise ValueError(f"{refusal} with kernels='pallas'; choose 'table' or 'jnp'")
         return "pallas"
-    fits = any(
-        platform == row.platform and row.tokens[0] <= tokens <= row.tokens[1] and row.dim[0] <= dim <= row.dim[1]
-        for row in WINDOW_TABLE
-    )
+    fits = any(row.fits(platform, tokens, dim) for row in WINDOW_TABLE)
     # Only bfloat16 was weighed.
     return "pallas" if fits and not refusal and dtype == jnp.bfloat16 else "jnp"
 
@@ -176,6 +185,7 @@ def edge_kernel(outputs: int, degree: int, dtype: Any) -> Kernel:
     if choice == "jnp":
         return "jnp"
     platform = platform or jax.default_backend()
+    dtype = jnp.dtype(dtype)
     refusal = _platform_refusal(platform) or _dtype_refusal(dtype)
     if outputs > MOST_RADIAL_OUTPUTS:
         refusal = refusal or f"radial functions of {outputs} outputs must have at most {MOST_RADIAL_OUTPUTS}"
@@ -191,6 +201,32 @@ def edge_kernel(outputs: int, degree: int, dtype: Any) -> Kernel:
     )
     # Only float32 was weighed.
     return "pallas" if fits and not refusal and dtype == jnp.float32 else "jnp"
+
+
+def block_kernel(tokens: int, heads: int, features: int, dtype: Any, dropout_rate: float) -> Kernel:
+    """Return which kernel computes an attention within windows together with its projections, and the norm before it.
+
+    "pallas" takes it where it serves and refuses nothing: the rest is left to `window_kernel`.
+
+    Args:
+      tokens: tokens of a window.
+      heads: number of heads, which the logical rules may not split over devices.
+      features: of a token.
+      dtype: of queries, keys and values.
+      dropout_rate: of the weights.
+    """
+    choice, platform = _scope.value
+    platform = platform or jax.default_backend()
+    # Heads are whole tiles of eight rows.
+    whole = heads > 0 and features % (8 * heads) == 0
+    dtype = jnp.dtype(dtype)
+    if choice == "jnp" or not whole or tokens > MOST_BLOCK_TOKENS or features > MOST_BLOCK_FEATURES:
+        return "jnp"
+    if _refusal(tokens, dtype, dropout_rate, platform) or any(axes.split((heads,), axes.HEADS)):
+        return "jnp"
+    # Only bfloat16 was weighed.
+    fits = dtype == jnp.bfloat16 and any(row.fits(platform, tokens, features // heads, features) for row in BLOCK_TABLE)
+    return "pallas" if choice == "pallas" or fits else "jnp"
 
 
 def cut_kernel(size: Sequence[int], window: Sequence[int], features: int, dtype: Any) -> Kernel:

@@ -37,7 +37,8 @@ from jaxlayers.ops.patches import pad_to_multiple, split_shape, to_patches
 from jaxlayers.ops.resample import resample_patch_kernel, resample_relative_table
 from jaxlayers.ops.windows import fit_window, relative_position_bias
 
-layer_norm = functools.partial(nn.LayerNorm, epsilon=1e-5)
+_EPSILON = 1e-5
+layer_norm = functools.partial(nn.LayerNorm, epsilon=_EPSILON)
 
 # One pair (height, width), the same along each axis, or one pair a stage.
 WindowSize = int | tuple[int, ...] | tuple[tuple[int, int], ...]
@@ -68,6 +69,33 @@ class _Projection(nn.Module):
             kernel, bias = kernel * self.scale, None if bias is None else bias * self.scale
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         return x @ kernel, bias
+
+
+class _Weights(nn.Module):
+    """Return kernel and bias of a `flax.linen.Dense`, with its parameters, for a kernel that computes the product."""
+
+    features: int
+    use_bias: bool
+    param_dtype: Dtype
+    kernel_init: Initializer
+    bias_init: Initializer
+
+    @nn.compact
+    def __call__(self, features: int) -> tuple[Array, Array | None]:
+        kernel = self.param("kernel", self.kernel_init, (features, self.features), self.param_dtype)
+        bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
+        return kernel, bias
+
+
+class _NormWeights(nn.Module):
+    """Return scale and offset of a `flax.linen.LayerNorm`, with its parameters."""
+
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(self, features: int) -> tuple[Array, Array]:
+        scale = self.param("scale", nn.initializers.ones, (features,), self.param_dtype)
+        return scale, self.param("bias", nn.initializers.zeros, (features,), self.param_dtype)
 
 
 class WindowAttention(nn.Module):
@@ -128,6 +156,7 @@ class WindowAttention(nn.Module):
         mask: Bool[Array, "*#grid tokens tokens"] | None = None,
         *,
         window: tuple[int, ...] | None = None,
+        norm: tuple[Array, Array] | None = None,
         names: tuple[str, ...] = (axes.WINDOWS,),
         deterministic: bool = True,
     ) -> Float[Array, "*batch windows tokens features"]:
@@ -137,6 +166,8 @@ class WindowAttention(nn.Module):
           x: tokens of each window in row-major order.
           mask: true where a query (second axis) may attend to a key (last axis); each query to at least one.
           window: the window in use, at most `window_size` along each axis; `None` takes `window_size`.
+          norm: scale and offset of a `layer_norm` of the tokens, only where `kernels.dispatch.block_kernel` takes the
+            kernel that computes it too; `None` = the tokens are used as they are.
           names: logical axes of the windows (last), one or, where they are split over devices, one for each axis
             of the map; `mask` then has as many.
           deterministic: no dropout.
@@ -173,6 +204,31 @@ class WindowAttention(nn.Module):
         bias = axes.constrain(bias, axes.HEADS, None, None)
         scale = (features // self.num_heads) ** -0.5
         dropout_rate = 0.0 if deterministic else self.attention_dropout_rate
+        if dispatch.block_kernel(x.shape[-2], self.num_heads, features, dtype, dropout_rate) == "pallas":
+            from jaxlayers.kernels import pallas_window_block
+
+            init = (self.param_dtype, self.kernel_init, self.bias_init)
+            *found, (out, out_shift) = (
+                _Weights(features, self.use_bias or name == "out", *init, name=name)(features)
+                for name in ("query", "key", "value", "out")
+            )
+            biases = [each for _, each in found if each is not None]
+            return pallas_window_block.window_block(
+                x.astype(dtype),
+                jnp.stack([kernel for kernel, _ in found]),
+                jnp.stack(biases) if biases else None,
+                out,
+                out_shift,
+                bias,
+                mask,
+                norm=norm,
+                epsilon=_EPSILON,
+                names=names,
+            )
+        if norm is not None:
+            raise ValueError(
+                f"norm={norm} must be None where dispatch takes no kernel that computes it; norm the input"
+            )
         if dispatch.window_kernel(x.shape[-2], features // self.num_heads, dtype, dropout_rate) == "pallas":
             # It takes over a second to import.
             from jaxlayers.kernels import pallas_window
@@ -314,7 +370,11 @@ class SwinBlock(nn.Module):
         drop_path = DropPath(self.drop_path_rate, batch_ndim=len(batch))
 
         split = map_split(x.shape, window)
-        y = cut_windows(norm(name="norm1")(x), window, amount, split)
+        # The kernel norms tokens of windows, of which padding would be some.
+        whole = all(length % step == 0 for length, step in zip(size, window, strict=True))
+        fused = whole and self._norms_in_kernel(x, math.prod(window), deterministic)
+        given = _NormWeights(self.param_dtype, name="norm1")(features) if fused else None
+        y = cut_windows(x if fused else norm(name="norm1")(x), window, amount, split)
         y = WindowAttention(
             self.num_heads,
             window_size=full_window,
@@ -325,6 +385,7 @@ class SwinBlock(nn.Module):
             y,
             window_mask(size, window, amount, split, mask_padding=self.mask_padding),
             window=window,
+            norm=given,
             names=window_names(split),
             deterministic=deterministic,
         )
@@ -338,6 +399,13 @@ class SwinBlock(nn.Module):
         names = (axes.BATCH, *axes.SPACE[len(full_window)])
         x = add_feed_forward(x, norm, feed_forward, drop_path, drop_path_rate, names=names, deterministic=deterministic)
         return axes.constrain_map(x, len(full_window))
+
+    def _norms_in_kernel(self, x: Array, tokens: int, deterministic: bool) -> bool:
+        """Return whether the kernel of the attention computes the norm before it, of tokens as they are."""
+        dtype = nn.dtypes.canonicalize_dtype(x, jnp.zeros((), self.param_dtype), dtype=self.dtype)
+        dropout_rate = 0.0 if deterministic else self.attention_dropout_rate
+        kernel = dispatch.block_kernel(tokens, self.num_heads, x.shape[-1], dtype, dropout_rate)
+        return self.norm is layer_norm and x.dtype == dtype and kernel == "pallas"
 
 
 class PatchMerging(nn.Module):

@@ -1,0 +1,488 @@
+"""The attention half of a window transformer block as Pallas kernels for TPU: norm, projections, attention, output.
+
+Each window's tokens are read once and what is added to them is written once. Queries, keys, values, scores and weights
+exist in fast memory only; the gradient computes them anew, and sums those of all parameters there in float32 while the
+grid runs over the windows.
+
+Everything lies transposed, features along sublanes and tokens along lanes, two windows of up to 64 tokens side by side.
+So a head is a slice of rows, which costs nothing; the norm's and the softmax's sums run over sublanes, which are plain
+additions; no entry of a product is masked out but for the other window's; and the statistics of 128 tokens fill one
+register. Scores are `[keys, queries]`. The two windows of a pair have keys of their own: these lie beside one another
+`[keys, 2 x dim]`, the queries on the diagonal of `[2 x dim, 2 x 64]`, and one product gives the scores of both.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float
+
+from jaxlayers.core import axes
+from jaxlayers.kernels.pallas_window import _BLOCKED, _dot, _Split, _wide
+
+# Tokens of a window along the lanes, of which a pair fills all.
+_SIDE = 64
+# Pairs of windows, each of one head, that every step is written down for before the next step.
+_CELLS = 12
+# Of a block.
+_MOST_CELLS = 48
+# Of the fast memory, which is 128 MiB on v5e and of which a kernel is given 16 MiB unasked.
+_MEMORY = 64 * 2**20
+# Rows of ones below the heads' results, whose product with the gradient is that of the output's bias: a tile.
+_ONES = 16
+
+# Of each cell: a head and a pair of windows.
+_Found = dict[tuple[int, int], Any]
+
+
+def window_block(
+    x: Float[Array, "*windows tokens features"],
+    projections: Float[Array, "3 features inner"],
+    shifts: Float[Array, "3 inner"] | None,
+    out: Float[Array, "inner features"],
+    out_shift: Float[Array, "features"] | None,
+    bias: Float[Array, "heads tokens tokens"],
+    mask: Bool[Array, "*#grid tokens tokens"] | None = None,
+    *,
+    norm: tuple[Float[Array, "features"], Float[Array, "features"]] | None = None,
+    epsilon: float = 1e-5,
+    names: tuple[str, ...] = (axes.WINDOWS,),
+) -> Float[Array, "*windows tokens features"]:
+    """Return softmax(Q K^T / sqrt(d) + B) V W_out + b_out of every window, with Q, K, V linear in norm(x).
+
+    Differentiable once, in reverse mode, with respect to all but the mask; sums and statistics are in float32, products
+    of what is rounded to the dtype of `x`. On CPU the kernels are interpreted, which is slow and meant for tests. With
+    a mesh in scope each device runs them on the batch and the windows that the logical rules give it, with all heads.
+
+    Args:
+      x: tokens, float32 or bfloat16, at most 64 a window.
+      projections: those of queries, keys and values, in this order; the heads' features lie side by side.
+      shifts: their biases; `None` = none.
+      out: the output's projection W_out.
+      out_shift: its bias b_out; `None` = none.
+      bias: B, alike in every window.
+      mask: true where a query (second axis) may attend to a key (last axis); each query may to at least one.
+      norm: scale and offset of a layer norm of the tokens; `None` = the tokens are projected as they are.
+      epsilon: added to the norm's variances.
+      names: logical axes of the windows, one or more, which the mask has too.
+
+    Returns:
+      An array like `x`.
+
+    Raises:
+      ValueError: if a window has too many tokens, the heads do not divide the inner features, or the mask is not one
+        for each window or for all.
+    """
+    heads, tokens, _ = bias.shape
+    *leading, _, _ = x.shape
+    inner = projections.shape[-1]
+    if tokens > _SIDE:
+        raise ValueError(f"windows of {tokens} tokens must have at most {_SIDE}; take pallas_window.window_attention")
+    if inner % heads:
+        raise ValueError(f"inner features={inner} must be divisible by the {heads} heads of the bias; pass such")
+    wanted = (*leading[len(leading) - len(names) :], tokens, tokens)
+    if mask is not None and (
+        mask.ndim != len(wanted) or any(size not in (1, full) for size, full in zip(mask.shape, wanted, strict=True))
+    ):
+        raise ValueError(f"mask of shape {mask.shape} must be {wanted}, or 1 where windows share one; pass such")
+    mask = None if mask is None else jnp.broadcast_to(mask, wanted)
+    blocked = None if mask is None else jnp.where(mask, 0, jnp.asarray(_BLOCKED, jnp.bfloat16))
+
+    # The weights are powers of two, which are the unit's own; JAX differentiates what is folded into the projections.
+    factors = jnp.asarray([math.log2(math.e) * (inner // heads) ** -0.5, 1.0, 1.0], jnp.float32)
+    weights = _wide(projections) * factors[:, None, None]
+    columns = jnp.zeros((3, inner), jnp.float32) if shifts is None else _wide(shifts) * factors[:, None]
+    if norm is not None:
+        scale, offset = (_wide(each) for each in norm)
+        columns = columns + jnp.einsum("f,pfi->pi", offset, weights, precision="highest")
+        weights = weights * scale[:, None]
+        # Tokens less their mean see no common part of a feature's weights, and then their gradient has no mean either.
+        weights = weights - jnp.mean(weights, axis=1, keepdims=True)
+    weights = jnp.swapaxes(weights, 1, 2).reshape(3 * inner, -1).astype(x.dtype)
+    row = jnp.zeros(out.shape[1:], jnp.float32) if out_shift is None else _wide(out_shift)
+    operands = (weights, columns.reshape(-1), out.astype(x.dtype), row, _wide(bias) * math.log2(math.e))
+    return _block(names, None if norm is None else epsilon, x, *operands, blocked)
+
+
+# Forward and backward, on all devices ---------------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _block(names: tuple[str, ...], epsilon: float | None, *operands: Any) -> Any:
+    return _keep(names, epsilon, *operands)[0]
+
+
+def _keep(names: tuple[str, ...], epsilon: float | None, *operands: Any) -> tuple[Any, Any]:
+    split = _Split.of(names, operands[0].shape, 1)
+    tokens, specs = _specs(split)
+    return split.on_devices(functools.partial(_forward, epsilon), specs, tokens)(*operands), operands
+
+
+def _return(names: tuple[str, ...], epsilon: float | None, kept: Any, gradient: Any) -> tuple[Any, ...]:
+    split = _Split.of(names, gradient.shape, 1)
+    tokens, specs = _specs(split)
+
+    def local(*operands: Any) -> tuple[Any, ...]:
+        of_tokens, *shared = _backward(epsilon, *operands)
+        # Each device has those of the parameters from its own windows.
+        others = tuple(name for each in split.leading for name in each)
+        return of_tokens, *(jax.lax.psum(shared, others) if others else shared)
+
+    found = split.on_devices(local, (*specs, tokens), specs[:-1])(*kept, gradient.astype(kept[0].dtype))
+    return *(one.astype(x.dtype) for one, x in zip(found, kept[:-1], strict=True)), None
+
+
+_block.defvjp(_keep, _return)
+
+
+def _specs(split: _Split) -> tuple[PartitionSpec, tuple[PartitionSpec, ...]]:
+    """Return how tokens are split, and how all operands are: tokens, what all windows share, masks."""
+    leading = [each or None for each in split.leading]
+    tokens = PartitionSpec(*leading)
+    return tokens, (tokens, *(PartitionSpec(),) * 5, PartitionSpec(*leading[-split.groups :]))
+
+
+# On one device --------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """How the operands of a call lie in blocks.
+
+    Attributes:
+      pairs: pairs of windows; one window is added if their number is odd.
+      tokens: tokens of a window.
+      features: features of a token.
+      heads: number of heads.
+      dim: features of a head.
+      pair_block: pairs of a block.
+      masks: pairs that have masks of their own, as many as a block's or more; 0 = none.
+      dtype: of the tokens.
+      epsilon: of the norm; `None` = there is none.
+    """
+
+    pairs: int
+    tokens: int
+    features: int
+    heads: int
+    dim: int
+    pair_block: int
+    masks: int
+    dtype: Any
+    epsilon: float | None
+
+    @classmethod
+    def of(cls, x: Any, bias: Any, out: Any, blocked: Any, epsilon: float | None) -> "_Plan":
+        """Return the plan for tokens `[windows, tokens, features]`."""
+        windows, tokens, features = x.shape
+        heads, pairs = len(bias), -(-windows // 2)
+        # An odd number of masks comes twice before a pair has the same ones again.
+        masks = 0 if blocked is None else len(blocked) // (1 if len(blocked) % 2 else 2)
+        counts = (count for count in range(1, max(1, _MOST_CELLS // heads) + 1) if pairs % count == 0)
+        pair_block = max(count for count in counts if not masks or masks % count == 0 or count % masks == 0)
+        masks = masks and max(masks, pair_block)
+        return cls(pairs, tokens, features, heads, len(out) // heads, pair_block, masks, x.dtype, epsilon)
+
+    @property
+    def inner(self) -> int:
+        """Features of all heads."""
+        return self.heads * self.dim
+
+    @property
+    def keys(self) -> int:
+        """Tokens of a window with those that fill up a tile of float32."""
+        return -(-self.tokens // 8) * 8
+
+    def pad(self, x: Any) -> Any:
+        """Return `x` with an even number of windows."""
+        return jnp.pad(x, ((0, 2 * self.pairs - len(x)), (0, 0), (0, 0)))
+
+    def pack_bias(self, bias: Any) -> Any:
+        """Return the bias as `[heads, keys, 2 x queries]`, where keys that fill up are blocked."""
+        wide = jnp.pad(jnp.swapaxes(bias, 1, 2), ((0, 0), (0, 0), (0, _SIDE - self.tokens)))
+        wide = jnp.pad(wide, ((0, 0), (0, self.keys - self.tokens), (0, 0)), constant_values=_BLOCKED)
+        return jnp.concatenate([wide, wide], axis=2)
+
+    def unpack_bias(self, packed: Any) -> Any:
+        """Return the transpose of `pack_bias`."""
+        both = packed[..., :_SIDE] + packed[..., _SIDE:]
+        return jnp.swapaxes(both[:, : self.tokens, : self.tokens], 1, 2)
+
+    def pack_masks(self, blocked: Any) -> Any:
+        """Return masks as `[pairs, keys, 2 x queries]`."""
+        blocked = jnp.concatenate([blocked] * (2 * self.masks // len(blocked)))
+        missing = (self.keys - self.tokens, _SIDE - self.tokens)
+        wide = jnp.pad(jnp.swapaxes(blocked, 1, 2), ((0, 0), (0, missing[0]), (0, missing[1])))
+        return jnp.swapaxes(wide.reshape(self.masks, 2, *wide.shape[1:]), 1, 2).reshape(self.masks, self.keys, -1)
+
+    def call(
+        self,
+        kernel: Any,
+        name: str,
+        tokens: Sequence[Any],
+        shared: Sequence[Any],
+        masks: Sequence[Any],
+        gradients: Sequence[tuple[int, ...]],
+        *,
+        products: int,
+    ) -> Any:
+        """Run a kernel over all blocks.
+
+        Args:
+          kernel: takes a product of matrices, and references to tokens, to what is shared, to masks, to the result and
+            to gradients.
+          name: of the kernel.
+          tokens: arrays `[windows, tokens, features]`.
+          shared: what every block reads.
+          masks: what `pack_masks` returns, or nothing.
+          gradients: shapes of what all blocks add to.
+          products: products of each weight and each score, for the estimate of costs.
+        """
+        of_tokens = pl.BlockSpec((2 * self.pair_block, *tokens[0].shape[1:]), lambda block: (block, 0, 0))
+        turns = max(1, self.masks // self.pair_block)
+        of_masks = pl.BlockSpec(
+            (self.pair_block, self.keys, 2 * _SIDE), lambda block: (jax.lax.rem(block, turns), 0, 0)
+        )
+        results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in gradients]
+        operands, out = (*tokens, *shared, *masks), [jax.ShapeDtypeStruct(tokens[0].shape, self.dtype), *results]
+        count = 2 * self.pairs * self.tokens
+        run = functools.partial(
+            pl.pallas_call,
+            out_shape=out,
+            grid=(self.pairs // self.pair_block,),
+            in_specs=[of_tokens] * len(tokens) + [_everywhere(x.shape) for x in shared] + [of_masks] * len(masks),
+            out_specs=[of_tokens, *(_everywhere(shape) for shape in gradients)],
+            compiler_params=pltpu.CompilerParams(vmem_limit_bytes=_MEMORY),
+            cost_estimate=pl.CostEstimate(
+                flops=2 * products * count * self.inner * (2 * self.features + self.tokens),
+                bytes_accessed=sum(math.prod(x.shape) * x.dtype.itemsize for x in (*operands, *out)),
+                transcendentals=count * self.heads * self.tokens,
+            ),
+            name=name,
+        )
+        # Which of the two is lowered is known only then: code for a TPU may be compiled where there is none.
+        on_cpu = run(functools.partial(kernel, _exact_dot), interpret=True)
+        return jax.lax.platform_dependent(*operands, cpu=on_cpu, tpu=run(functools.partial(kernel, _dot)))
+
+
+def _everywhere(shape: tuple[int, ...]) -> pl.BlockSpec:
+    return pl.BlockSpec(shape, lambda block: (0,) * len(shape))
+
+
+def _forward(
+    epsilon: float | None, x: Any, weights: Any, columns: Any, out: Any, out_shift: Any, bias: Any, blocked: Any
+) -> Any:
+    shape = x.shape
+    x, blocked = (None if each is None else each.reshape(-1, *each.shape[-2:]) for each in (x, blocked))
+    plan = _Plan.of(x, bias, out, blocked, epsilon)
+
+    def kernel(dot: Any, x: Any, weights: Any, columns: Any, out: Any, out_shift: Any, bias: Any, *rest: Any) -> None:
+        *mask, result = rest
+        pairs = range(plan.pair_block)
+        tokens, _ = _normed(plan, [_transposed(x, pair) for pair in pairs])
+        projected = [dot(weights[...], z.astype(plan.dtype), 1, 0) + columns[...] for z in tokens]
+        context: _Found = {}
+        for cells in _cells(plan):
+            query, key, value = (_heads(plan, projected, cells, part) for part in range(3))
+            scores = _scored(plan, dot, key, query)
+            chances = _softmax(plan, scores, cells, bias, mask)
+            diagonals = [_halves(_filled(z)).astype(plan.dtype) for z in chances]
+            for cell, z, y in zip(cells, value, diagonals, strict=True):
+                context[cell] = dot(z.astype(plan.dtype), y, 1, 0)
+        columns_of = [_joined(plan, context, pair).astype(plan.dtype) for pair in pairs]
+        _write(plan, result, [dot(out[...], z, 1, 0) + out_shift[...] for z in columns_of])
+
+    shared = (weights, _columns(columns), out.T, _columns(out_shift), plan.pack_bias(bias))
+    masks = () if blocked is None else (plan.pack_masks(blocked),)
+    (result,) = plan.call(kernel, "window_block", (plan.pad(x),), shared, masks, (), products=2)
+    return result[: len(x)].reshape(shape)
+
+
+def _backward(
+    epsilon: float | None,
+    x: Any,
+    weights: Any,
+    columns: Any,
+    out: Any,
+    out_shift: Any,
+    bias: Any,
+    blocked: Any,
+    gradient: Any,
+) -> tuple[Any, ...]:
+    """Return the gradients of all but the masks."""
+    shape = x.shape
+    x, blocked, gradient = (
+        None if each is None else each.reshape(-1, *each.shape[-2:]) for each in (x, blocked, gradient)
+    )
+    plan = _Plan.of(x, bias, out, blocked, epsilon)
+    inner, dtype = plan.inner, plan.dtype
+
+    def kernel(
+        dot: Any, x: Any, gradient: Any, weights: Any, back: Any, columns: Any, out: Any, bias: Any, *rest: Any
+    ) -> None:
+        *mask, by_tokens, by_weights, by_columns, by_out, by_bias = rest
+        pairs = range(plan.pair_block)
+
+        @pl.when(pl.program_id(0) == 0)
+        def _() -> None:
+            for ref in (by_weights, by_columns, by_out, by_bias):
+                ref[...] = jnp.zeros_like(ref)
+
+        tokens, inverses = _normed(plan, [_transposed(x, pair) for pair in pairs])
+        rounded = [z.astype(dtype) for z in tokens]
+        projected = [dot(weights[...], z, 1, 0) + columns[...] for z in rounded]
+        gradients = [_rows(gradient, pair).astype(dtype) for pair in pairs]
+        by_context = [dot(out[...], z, 1, 1) for z in gradients]
+        context: _Found = {}
+        by_query: _Found = {}
+        by_key: _Found = {}
+        by_value: _Found = {}
+        for cells in _cells(plan):
+            query, key, value = (_heads(plan, projected, cells, part) for part in range(3))
+            received = _heads(plan, by_context, cells, 0)
+            scores, by_chances = _scored(plan, dot, key, query), _scored(plan, dot, value, received)
+            chances = _softmax(plan, scores, cells, bias, mask)
+            common = [jnp.sum(z * y, axis=0, keepdims=True) for z, y in zip(chances, by_chances, strict=True)]
+            # But for the factor log(2), see below.
+            by_scores = [z * (y - c) for z, y, c in zip(chances, by_chances, common, strict=True)]
+            for head in sorted({head for head, _ in cells}):
+                same = [z for z, cell in zip(by_scores, cells, strict=True) if cell[0] == head]
+                by_bias[head] += functools.reduce(jnp.add, same)
+            chances, by_scores = ([_halves(_filled(z)).astype(dtype) for z in each] for each in (chances, by_scores))
+            query, key, value, received = ([z.astype(dtype) for z in each] for each in (query, key, value, received))
+            for found, side, square, axis in (
+                (context, value, chances, 0),
+                (by_query, key, by_scores, 0),
+                (by_key, query, by_scores, 1),
+                (by_value, received, chances, 1),
+            ):
+                found |= {cell: dot(z, y, 1, axis) for cell, z, y in zip(cells, side, square, strict=True)}
+        by_projected = [
+            jnp.concatenate([_joined(plan, found, pair) for found in (by_query, by_key, by_value)], axis=0)
+            for pair in pairs
+        ]
+        by_columns[...] += functools.reduce(jnp.add, by_projected)
+        by_projected = [z.astype(dtype) for z in by_projected]
+        by_rows = [dot(back[...], z, 1, 0) for z in by_projected]
+        by_weights[...] += dot(jnp.concatenate(by_projected, axis=1), jnp.concatenate(rounded, axis=1), 1, 1)
+        ones = jnp.ones((_ONES, 2 * _SIDE), dtype)
+        seen = [jnp.concatenate([_joined(plan, context, pair).astype(dtype), ones], axis=0) for pair in pairs]
+        by_out[...] += dot(jnp.concatenate(seen, axis=1), jnp.concatenate(gradients, axis=0), 1, 0)
+        if plan.epsilon is not None:
+            common = [jnp.mean(z * y, axis=0, keepdims=True) for z, y in zip(by_rows, tokens, strict=True)]
+            by_rows = [r * (z - y * c) for r, z, y, c in zip(inverses, by_rows, tokens, common, strict=True)]
+        _write(plan, by_tokens, by_rows)
+
+    # Of the factor log(2) of powers of two, the gradients of queries and keys are free until here.
+    factors = jnp.repeat(jnp.asarray([math.log(2), math.log(2), 1.0], jnp.float32), inner)
+    back = (_wide(weights) * factors[:, None]).astype(dtype).T
+    shared = (weights, back, _columns(columns), out, plan.pack_bias(bias))
+    masks = () if blocked is None else (plan.pack_masks(blocked),)
+    shapes = (weights.shape, (3 * inner, 2 * _SIDE), (inner + _ONES, plan.features), shared[-1].shape)
+    of_tokens, of_weights, of_columns, of_out, of_bias = plan.call(
+        kernel, "window_block_backward", (plan.pad(x), plan.pad(gradient)), shared, masks, shapes, products=5
+    )
+    return (
+        of_tokens[: len(x)].reshape(shape),
+        of_weights * factors[:, None],
+        jnp.sum(of_columns, axis=1) * factors,
+        of_out[:inner],
+        of_out[inner],
+        plan.unpack_bias(of_bias) * math.log(2),
+    )
+
+
+def _columns(x: Any) -> Any:
+    """Return a vector as a column along all lanes."""
+    return jnp.broadcast_to(x[:, None], (len(x), 2 * _SIDE))
+
+
+# In a kernel ----------------------------------------------------------------------------------------------------------
+
+
+def _exact_dot(x: Any, y: Any, axis: int, other: int) -> Any:
+    """Return what `_dot` does; XLA has no product of bfloat16 for each order of axes on CPU."""
+    return _dot(_wide(x), _wide(y), axis, other)
+
+
+def _cells(plan: _Plan) -> Iterator[list[tuple[int, int]]]:
+    """Yield heads and pairs, those of a few at a time: more of them lie in memory than registers, fewer wait."""
+    cells = [(head, pair) for head in range(plan.heads) for pair in range(plan.pair_block)]
+    for first in range(0, len(cells), _CELLS):
+        yield cells[first : first + _CELLS]
+
+
+def _rows(ref: Any, pair: int) -> Any:
+    """Return a pair's tokens `[2 x 64, features]` in float32; those that fill up are zero."""
+    windows = (_filled(_wide(ref[2 * pair + side])) for side in range(2))
+    return jnp.concatenate(list(windows), axis=0)
+
+
+def _filled(x: Any) -> Any:
+    """Return `x` with 64 rows, those that fill up zero."""
+    missing = _SIDE - x.shape[0]
+    return jnp.concatenate([x, jnp.zeros((missing, x.shape[1]), x.dtype)], axis=0) if missing else x
+
+
+def _transposed(ref: Any, pair: int) -> Any:
+    return _rows(ref, pair).T
+
+
+def _normed(plan: _Plan, tokens: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """Return tokens `[features, 2 x 64]` normed over their features, and the inverse deviations."""
+    if plan.epsilon is None:
+        return list(tokens), []
+    tokens = [x - jnp.mean(x, axis=0, keepdims=True) for x in tokens]
+    inverses = [jax.lax.rsqrt(jnp.mean(x * x, axis=0, keepdims=True) + plan.epsilon) for x in tokens]
+    return [x * r for x, r in zip(tokens, inverses, strict=True)], inverses
+
+
+def _heads(plan: _Plan, projected: Sequence[Any], cells: Sequence[tuple[int, int]], part: int) -> list[Any]:
+    """Return the rows of each cell's head, `[dim, 2 x 64]`, of the queries (0), keys (1) or values (2)."""
+    firsts = [part * plan.inner + head * plan.dim for head, _ in cells]
+    return [projected[pair][first : first + plan.dim] for first, (_, pair) in zip(firsts, cells, strict=True)]
+
+
+def _joined(plan: _Plan, found: _Found, pair: int) -> Any:
+    """Return what was found for each head of a pair, below one another."""
+    return jnp.concatenate([found[head, pair] for head in range(plan.heads)], axis=0)
+
+
+def _halves(x: Any) -> Any:
+    """Return `[2 x rows, 2 x 64]` with the two windows of `x` on the diagonal."""
+    left = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) < _SIDE
+    zeros = jnp.zeros_like(x)
+    return jnp.concatenate([jnp.where(left, x, zeros), jnp.where(left, zeros, x)], axis=0)
+
+
+def _scored(plan: _Plan, dot: Any, keys: Sequence[Any], queries: Sequence[Any]) -> list[Any]:
+    """Return the products `[keys, 2 x 64 queries]` of each key and query of the same window."""
+    beside = [jnp.concatenate([x, pltpu.roll(x, _SIDE, 1)], axis=0).T[: plan.keys] for x in keys]
+    return [
+        dot(x.astype(plan.dtype), _halves(y).astype(plan.dtype), 1, 0) for x, y in zip(beside, queries, strict=True)
+    ]
+
+
+def _softmax(
+    plan: _Plan, scores: Sequence[Any], cells: Sequence[tuple[int, int]], bias: Any, mask: Sequence[Any]
+) -> list[Any]:
+    """Return the weights of each cell, whose sum over keys is one, from scores in powers of two."""
+    scores = [x + bias[head] for x, (head, _) in zip(scores, cells, strict=True)]
+    if mask:
+        scores = [x + _wide(mask[0][pair]) for x, (_, pair) in zip(scores, cells, strict=True)]
+    powers = [jnp.exp2(x - jnp.max(x, axis=0, keepdims=True)) for x in scores]
+    return [x * (1 / jnp.sum(x, axis=0, keepdims=True)) for x in powers]
+
+
+def _write(plan: _Plan, ref: Any, columns: Sequence[Any]) -> None:
+    """Write pairs `[features, 2 x 64]`, without what fills up."""
+    for pair, x in enumerate([x.T for x in columns]):
+        for side in range(2):
+            ref[2 * pair + side] = x[side * _SIDE : side * _SIDE + plan.tokens].astype(ref.dtype)
