@@ -4,25 +4,21 @@
 
 For each size the gradient of a `TensorFieldConv` or an `SE3Attention` in float32, with respect to parameters, features
 and positions, is compiled for one chip: once as XLA has it, once with the kernels. Of what XLA compiles the cycles are
-its estimates; of a kernel, whose inside they leave out, the instruction bundles that the compiler has scheduled for a
-block of edges, loops counted by their turns, times the blocks, or what reading and writing them takes from main memory
-if that is more. A bundle takes a cycle if nothing stalls, so a kernel's figure is a lower bound. Writes the table of
+its estimates, of the kernels those of their schedules (`tools.plan_kernels`). Writes the table of
 docs/decisions/edge_kernel.md to standard output.
 """
 
 import argparse
 import dataclasses
-import functools
 import json
 import os
-import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tools import chips, plan_kernels
 from tools.plan_compile import ENVIRONMENT
 
 
@@ -51,9 +47,6 @@ class Size:
         return range(self.max_degree + 1)
 
 
-PARTS = ("jnp", "pallas", "kernels")
-"""What is compiled of a size: a layer by either choice, and the kernels alone."""
-
 SIZES = (
     Size(512, 16, 20, 1),
     Size(512, 16, 32, 2),
@@ -63,46 +56,15 @@ SIZES = (
 )
 
 
-def scheduled(text: str) -> int:
-    """Return the bundles that one step of a kernel's grid runs through, from the text of its final bundles.
+def layer_cost(size: Size, chip: str) -> dict[str, int]:
+    """Return cycles and temporary bytes of a layer's gradient.
 
-    A bundle is marked by as many `>` as there are loops around it, the outermost of which is the grid; bundles of a
-    loop that hold instructions of the code behind it too have fewer, up to the branch at its end.
+    `jnp` are the cycles of XLA alone, `pallas` those of what it compiles beside the kernels, `kernels` those of the
+    kernels; with `_memory` the bytes by choice of kernels.
 
     Raises:
-      ValueError: if there is no bundle, or a loop inside of the grid's has no turns that are known.
+      RuntimeError: if the compiler gives no schedule of a kernel.
     """
-    # From the name of a predicate to the turns of the loop that it ends.
-    turns = {
-        found[1]: int(found[2])
-        for found in re.finditer(r"%(p\d+)_p\d+ = scmp\.ge\.s32\.totalorder [^,]*, (\d+) /\* loop exit test", text)
-    }
-    total = bundles = 0
-    # Of the loop that is open: how deep it lies, its bundles, its turns once its end is seen.
-    loop: tuple[int, int, int | None] | None = None
-    for found in re.finditer(r"^ *(?:0x[0-9a-f]+|0)\s+(LB)?[A-Z]*:?\s*:? (>*)(.*)$", text, re.MULTILINE):
-        begins, depth = bool(found[1]), len(found[2])
-        bundles += 1
-        if loop and loop[2] and (begins or depth < loop[0]):
-            total, loop = total + loop[1] * loop[2], None
-        if begins and depth > 1:
-            if loop:
-                raise ValueError(
-                    f"a loop of {loop[1]} bundles must say how often it turns; write it without a loop in it"
-                )
-            loop = (depth, 0, None)
-        if not loop:
-            total += 1
-            continue
-        end = re.search(r"sbr\.rel \(!%(p\d+)_p\d+\)", found[3])
-        loop = loop[0], loop[1] + 1, turns.get(end[1]) if end and not loop[2] else loop[2]
-    if loop or not bundles:
-        raise ValueError(f"final bundles must be lines that begin with an address, and their loops end; got {bundles}")
-    return total
-
-
-def layer_cost(size: Size, choice: str, chip: str) -> dict[str, Any]:
-    """Return cycles and temporary bytes of what XLA compiles of a layer's gradient under that choice of kernels."""
     import jax
     import jax.numpy as jnp
 
@@ -111,7 +73,6 @@ def layer_cost(size: Size, choice: str, chip: str) -> dict[str, Any]:
     from jaxlayers.equivariant.tensor_field import TensorFieldConv
     from jaxlayers.kernels import dispatch
     from jaxlayers.ops.neighbours import Neighbours
-    from tools import plan_read
 
     features = (size.channels,) * len(size.degrees)
     layer: Any = TensorFieldConv(features)
@@ -133,98 +94,38 @@ def layer_cost(size: Size, choice: str, chip: str) -> dict[str, Any]:
         return sum(jnp.sum(jnp.square(x)) for x in out.values())
 
     params = jax.eval_shape(init, nodes, positions, neighbours)
-    with dispatch.use(choice, platform="tpu"):
-        step = jax.jit(jax.grad(loss, argnums=(0, 1, 2)), in_shardings=_place(chip))
-        lowered = step.lower(params, nodes, positions, neighbours)
-    compiled: Any = lowered.compile()
-    reading = plan_read.reading(compiled.as_text(), jax.sharding.AbstractMesh((1,), ("data",)))
-    return {choice: reading.cycles, f"{choice}_memory": compiled.memory_analysis().temp_size_in_bytes}
-
-
-def kernel_cycles(size: Size, chip: str, dump: Path) -> dict[str, Any]:
-    """Return the cycles of a layer's kernels, from the schedules that libtpu dumps in that folder."""
-    import jax
-    import jax.numpy as jnp
-
-    from jaxlayers.kernels import pallas_edges
-    from tools import chips
-
-    edges = size.points * size.neighbours
-    pairs = [(k, degree) for k in size.degrees for degree in size.degrees]
-    channels = dict.fromkeys(size.degrees, size.channels)
-    features = dict.fromkeys(size.degrees, size.channels // (size.bottleneck or 1))
-    layout = pallas_edges._Layout.of(pairs, channels, features, HIDDEN)
-
-    def of(*shape: int) -> Any:
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-    outputs = sum(pair.outputs for pair in layout.pairs)
-    operands: tuple[Any, ...] = (
-        of(edges, len(pairs), HIDDEN),
-        of(HIDDEN, outputs),
-        of(outputs),
-        {(k, degree): of(edges, 2 * min(k, degree) + 1, 2 * degree + 1, 2 * k + 1) for k, degree in pairs},
-        {k: of(edges, size.channels, 2 * k + 1) for k in size.degrees},
-    )
-
-    def both(*operands: Any) -> Any:
-        out, back = jax.vjp(functools.partial(pallas_edges.edge_messages, features=features), *operands)
-        return back(out)
-
-    jax.jit(both, in_shardings=_place(chip)).lower(*operands).compile()
-    place = chips.topology(f"{chip}:2x2")
-    hidden, basis, sources, messages = layout.widths
-    # Rows of 128 edges that a block reads and writes.
-    rows = {"edge_messages": hidden + basis + sources + messages}
-    rows["edge_messages_backward"] = rows["edge_messages"] + hidden + basis + sources
-    total = 0.0
-    for path in dump.glob("*final_bundles.txt"):
-        found = re.search(r"-(edge_messages(?:_backward)?)\.\d+-\d+-final", path.name)
-        if found:
-            floor = 4 * 128 * rows[found[1]] * place.chip.clock / place.bandwidth
-            total += -(-edges // 128) * max(floor, scheduled(path.read_text()))
-    # Keys and values have a kernel each.
-    return {"kernels": int(total) * (2 if size.bottleneck else 1)}
-
-
-HIDDEN = 32
-"""Width of the radial perceptrons of both layers."""
-
-
-def _place(chip: str) -> Any:
-    from jax.experimental import topologies
-    from jax.sharding import SingleDeviceSharding
-
-    return SingleDeviceSharding(topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:2x2").devices[0])
-
-
-def measured(size: Size, chip: str, python: str) -> dict[str, Any]:
-    """Return what `layer_cost` and `kernel_cycles` do, from processes of their own that have libtpu."""
-    found: dict[str, Any] = {}
-    for part in PARTS:
-        found |= _run(size, part, chip, python)
+    place, gradient = chips.topology(f"{chip}:2x2"), jax.grad(loss, argnums=(0, 1, 2))
+    found: dict[str, int] = {}
+    for choice in ("jnp", "pallas"):
+        with dispatch.use(choice, platform="tpu"):
+            program = plan_kernels.compiled(gradient, params, nodes, positions, neighbours, place=place)
+        reading = plan_kernels.reading_of(program, place)
+        found["kernels"] = reading.by_kind.get("kernel", 0)
+        found[choice] = reading.cycles - found["kernels"]
+        found[f"{choice}_memory"] = program.memory_analysis().temp_size_in_bytes
     return found
 
 
-def _run(size: Size, part: str, chip: str, python: str) -> dict[str, Any]:
-    order = [python, "-m", "tools.edge_kernel_cost", "--one", json.dumps(dataclasses.asdict(size)), "--part", part]
-    with tempfile.TemporaryDirectory() as dump:
-        # All of a layer's schedules would fill gigabytes: those of the kernels alone are dumped.
-        flags = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true" if part == "kernels" else ""
-        done = subprocess.run(
-            [*order, "--dump", dump, "--chip", chip],
-            env={**os.environ, **ENVIRONMENT, "LIBTPU_INIT_ARGS": flags},
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=Path(__file__).parents[1],
-        )
+def measured(size: Size, chip: str, python: str) -> dict[str, int]:
+    """Return what `layer_cost` does, in a process that has libtpu.
+
+    Raises:
+      RuntimeError: if it fails, with what it said.
+    """
+    done = subprocess.run(
+        [python, "-m", "tools.edge_kernel_cost", "--one", json.dumps(dataclasses.asdict(size)), "--chip", chip],
+        env={**os.environ, **ENVIRONMENT},
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[1],
+    )
     if done.returncode:
         raise RuntimeError(f"compiling {size} for {chip} failed: {done.stderr[-1000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def row(size: Size, found: dict[str, Any]) -> str:
+def row(size: Size, found: dict[str, int]) -> str:
     """Return a row of the table."""
     whole = found["pallas"] + found["kernels"]
     memory = (f"{found[f'{choice}_memory'] / 2**20:,.1f} MiB" for choice in ("jnp", "pallas"))
@@ -247,15 +148,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--python", default=sys.executable, help="an interpreter that has libtpu")
     parser.add_argument("--chip", default="v5e")
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)
-    parser.add_argument("--part", default="", help=argparse.SUPPRESS)
-    parser.add_argument("--dump", default="", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.one:
-        size = Size(**json.loads(options.one))
-        if options.part == "kernels":
-            print(json.dumps(kernel_cycles(size, options.chip, Path(options.dump))))
-        else:
-            print(json.dumps(layer_cost(size, options.part, options.chip)))
+        print(json.dumps(layer_cost(Size(**json.loads(options.one)), options.chip)))
         return
     print(HEAD, flush=True)
     for size in SIZES:

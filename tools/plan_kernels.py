@@ -5,8 +5,10 @@ once more by itself, in a process whose libtpu writes its schedules down. There 
 those of a loop times its turns, those of the grid's loop times the steps of the grid. `weighed` writes what is found
 into the text, where the compiler writes its own estimates, so that `plan_read.reading` finds it there.
 
-A bundle takes a cycle if nothing stalls, and what reading and writing takes from main memory is a floor; so a kernel's
-cycles are a lower bound, save that branches count as if all of them were taken.
+A bundle takes a cycle; those in which the compiler waits for a result are counted too, for which the dump before they
+are folded into delays is read. What reading and writing takes from main memory, and what the matrix units take for the
+operations that the kernel declares, are floors. Nothing else may stall, so a kernel's cycles are a lower bound, save
+that branches count as if all of them were taken.
 """
 
 import argparse
@@ -52,6 +54,12 @@ class Kernel:
         """The name that `pallas_call` was given, else that of its function."""
         found = re.search(r'sym_name = "([^"]*)"', self.program)
         return found[1] if found else "kernel"
+
+    @property
+    def flops(self) -> float:
+        """Operations of a call, by the estimate that `pallas_call` was given; 0 without one."""
+        call = json.loads(self.config)["custom_call_config"]
+        return float(call.get("cost_estimate", {}).get("flops", 0))
 
     @property
     def steps(self) -> int | None:
@@ -141,7 +149,8 @@ def weighed(text: str, place: chips.Topology) -> tuple[str, list[dict[str, Any]]
         kernel = found.get(line[1])
         if kernel is None or known[kernel].error:
             return line[0]
-        cycles = max(known[kernel].bundles, round(moved[line[1]] / place.bandwidth * place.chip.clock))
+        seconds = max(moved[line[1]] / place.bandwidth, kernel.flops / place.peak)
+        cycles = max(known[kernel].bundles, round(seconds * place.chip.clock))
         return line[0].replace("backend_config={", f'backend_config={{"estimated_cycles":"{cycles}",', 1)
 
     rows = [{"name": each.name, "steps": each.steps, **dataclasses.asdict(known[each])} for each in known]
@@ -159,11 +168,26 @@ def reading(function: Callable[..., Any], *arguments: Any, place: chips.Topology
     Raises:
       RuntimeError: if the compiler gives no schedule of a kernel.
     """
+    return reading_of(compiled(function, *arguments, place=place), place)
+
+
+def compiled(function: Callable[..., Any], *arguments: Any, place: chips.Topology) -> Any:
+    """Return a function compiled for one chip of a topology, see `reading`."""
     import jax
 
     device = jax.sharding.SingleDeviceSharding(plan_compile.devices_of(place)[0])
-    compiled = jax.jit(function, in_shardings=device, out_shardings=device).lower(*arguments).compile()
-    text, rows = weighed(compiled.as_text() or "", place)
+    return jax.jit(function, in_shardings=device, out_shardings=device).lower(*arguments).compile()
+
+
+def reading_of(program: Any, place: chips.Topology) -> plan_read.Reading:
+    """Return the reading of a program compiled for one chip, with the cycles of its kernels.
+
+    Raises:
+      RuntimeError: if the compiler gives no schedule of a kernel.
+    """
+    import jax
+
+    text, rows = weighed(program.as_text() or "", place)
     errors = [f"{row['name']}: {row['error']}" for row in rows if row["error"]]
     if errors:
         raise RuntimeError(f"kernels without a schedule: {'; '.join(errors)}")
@@ -232,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _alone(kernel: Mapping[str, Any], device: Any, dump: Path) -> str:
-    """Return the final bundles of a program that is nothing but a kernel."""
+    """Return the bundles of a program that is nothing but a kernel, once its registers are assigned."""
     import jax
 
     results, operands = ([_shape(array) for array in kernel[name]] for name in ("results", "operands"))
@@ -242,7 +266,7 @@ def _alone(kernel: Mapping[str, Any], device: Any, dump: Path) -> str:
     place = jax.sharding.SingleDeviceSharding(device)
     try:
         jax.jit(lambda *x: call(*x), in_shardings=place, out_shardings=place).lower(*operands).compile()
-        texts = [path.read_text() for path in dump.glob("*-ffi_call*-final_bundles.txt")]
+        texts = [path.read_text() for path in dump.glob("*-ffi_call*-packed-bundles-post-ra.txt")]
     finally:
         for path in dump.iterdir():
             path.unlink()
@@ -271,7 +295,7 @@ _PHI = re.compile(r"%(\w+) = sphi %(\w+), %(\w+)")
 
 
 def scheduled(text: str, steps: int | None) -> Schedule:
-    """Return what the final bundles of a kernel say.
+    """Return what the bundles of a kernel say.
 
     Args:
       text: as libtpu dumps it, a line a bundle, with as many `>` as loops are around it, the first of each marked LB.
@@ -299,7 +323,7 @@ def scheduled(text: str, steps: int | None) -> Schedule:
         for counter, first, following in _PHI.findall(line) if inside else ():
             turns[inside[-1]] = turns[inside[-1]] or _turns(text, counter, first, following)
     if not counts:
-        raise ValueError("a schedule must have bundles; let libtpu dump its final bundles")
+        raise ValueError("a schedule must have bundles; let libtpu dump its packed bundles")
     if steps != 1 and turns:
         # The first loop is the grid's. It turns more often, to fetch the first blocks and to store the last.
         turns[0] = steps

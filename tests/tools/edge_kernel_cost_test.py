@@ -1,40 +1,11 @@
-"""What kernels of edges cost is read from the schedules of the compiler, loops counted by their turns."""
+"""What kernels of edges cost is told beside what XLA compiles."""
 
 import sys
 
 import pytest
 
 from tools import edge_kernel_cost
-from tools.edge_kernel_cost import Size, row, scheduled
-
-# Two bundles, a grid of eight whose bundle 0x3 .. 0x6 is a loop of five turns, with a bundle of what follows in it.
-BUNDLES = """= control target key start
-LB: loop body
-
-     0   :  { %s1_s0 = smov 0 }
-   0x1   :  {}
-   0x2 LB: > { %s2_s1 = sadd.s32 1, %s3_s2 }
-   0x3 LB: >> { %s4_s3 = sphi %s5_s4, %s6_s5 /* phi copy */ }
-   0x4   : >> { %p12_p3 = scmp.ge.s32.totalorder %s6_s5, 5 /* loop exit test */  ;;  %v1_v0 = vld [%s9] }
-   0x5   : > { %v7_v1 = vadd.f32 %v1_v0, %v1_v0  ;;  %14 = sbr.rel (!%p12_p3) target = $region7 }
-   0x6   : >> { %v8_v2 = vmov %v7_v1 }
-   0x7   : > { %p15_p4 = scmp.ge.s32.totalorder %s2_s1, 66 /* loop exit test */ }
-   0x8 PF: > { %16 = sbr.rel (!%p15_p4) target = $region9 }
-"""
-
-
-def test_bundles_of_a_loop_count_by_its_turns():
-    assert scheduled(BUNDLES) == 5 + 5 * 4
-    # The turns of the grid are not counted, those of the loop are.
-    assert scheduled(BUNDLES.replace(", 66 /*", ", 99 /*")) == 25
-    assert scheduled(BUNDLES.replace(", 5 /*", ", 7 /*")) == 5 + 7 * 4
-
-
-def test_a_text_that_cannot_be_counted_is_refused():
-    with pytest.raises(ValueError, match="must be lines that begin with an address"):
-        scheduled("total scheduled bundles: 9\n")
-    with pytest.raises(ValueError, match="and their loops end"):
-        scheduled(BUNDLES.replace("loop exit test", "a test"))
+from tools.edge_kernel_cost import Size, row
 
 
 def test_a_row_counts_the_kernels_of_edges_beside_what_xla_compiles():
