@@ -276,7 +276,7 @@ def test_operands_of_edges_that_do_not_fit_are_refused():
     features = {1: 2}
     hidden, kernel, bias, basis, sources = problem((3, 4), {0: 2, 1: 3}, features)
     with pytest.raises(ValueError, match=r"kernel of shape \(5, 21\) must be \(5, 22\)"):
-        edge_messages(hidden, kernel[:, 1:], bias, basis, sources, features)
+        edge_messages(hidden, kernel[:, 1:], bias[1:], basis, sources, features)
     with pytest.raises(ValueError, match=r"hidden of shape \(3, 4, 1, 5\) must be \(3, 4, 2, 5\)"):
         edge_messages(hidden[:, :, :1], kernel, bias, basis, sources, features)
     with pytest.raises(ValueError, match=r"sources of 1 of shape \(2, 4, 3, 3\) must be \(3, 4, 3, 3\) for edges"):
