@@ -11,6 +11,8 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from jaxlayers.core.initializers import truncated_normal, xavier_uniform
+from jaxlayers.ops.windows import local_position_table
 from jaxlayers.window.styleswin import StyleSwin
 from jaxlayers.window.styleswin_discriminator import WaveletDiscriminator
 from train.config import Config, Optim
@@ -22,12 +24,17 @@ SIZE = 64
 
 
 class Players(nn.Module):
-    """A generator of pictures and a discriminator of them; outside pixels lie in [0, 1], inside in [-1, 1]."""
+    """A generator of pictures and a discriminator of them; outside pixels lie in [0, 1], inside in [-1, 1].
+
+    With a `reach` the generator's tables of positions begin as Gaussian blurs of that many pixels, and its kernels by
+    Xavier's rule: as published, narrow layers begin with the mean of each window, whose borders stay to be seen.
+    """
 
     features: tuple[int, ...] = (32, 32, 32, 16, 16)
     num_heads: tuple[int, ...] = (4, 4, 4, 2, 2)
     depth: int = 1
     shift_size: int | None = None
+    reach: float | None = None
     seen_features: tuple[int, ...] = (16, 32, 32, 32)
     stddev_group: int = 4
     remat: str | bool = False
@@ -43,6 +50,8 @@ class Players(nn.Module):
             shift_size=self.shift_size,
             mlp_ratio=2.0,
             remat=self.remat,
+            kernel_init=truncated_normal() if self.reach is None else xavier_uniform(),
+            table_init=truncated_normal() if self.reach is None else local_position_table(self.reach),
         )
         self.discriminator = WaveletDiscriminator(self.seen_features, stddev_group=self.stddev_group)
 
@@ -64,7 +73,7 @@ def config(smoke: bool = False) -> Config:
     test = images("test", 64)
     return Config(
         title="Generated crops of photographs",
-        model=Players(),
+        model=Players(reach=1.5),
         task=adversarial(LATENT, r1_gamma=1.0, reference=test),
         train_data=photographs("train", SIZE, count=4000),
         test_data=photographs("test", SIZE, count=64, seed=1),
