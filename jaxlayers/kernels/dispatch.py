@@ -222,7 +222,7 @@ def block_kernel(tokens: int, heads: int, features: int, dtype: Any, dropout_rat
     dtype = jnp.dtype(dtype)
     if choice == "jnp" or not whole or tokens > MOST_BLOCK_TOKENS or features > MOST_BLOCK_FEATURES:
         return "jnp"
-    if _refusal(tokens, dtype, dropout_rate, platform) or any(axes.split((heads,), axes.HEADS)):
+    if _refusal(tokens, dtype, dropout_rate, platform) or _parts(heads, axes.HEADS) > 1:
         return "jnp"
     # Only bfloat16 was weighed.
     fits = dtype == jnp.bfloat16 and any(row.fits(platform, tokens, features // heads, features) for row in BLOCK_TABLE)
@@ -266,9 +266,7 @@ def feed_forward_kernel(tokens: int, features: int, hidden: int, dtype: Any) -> 
     dtype = jnp.dtype(dtype)
     if choice == "jnp" or platform not in ("cpu", "tpu") or dtype not in (jnp.float32, jnp.bfloat16):
         return "jnp"
-    mesh = jax.sharding.get_abstract_mesh()
-    parts = math.prod(mesh.shape[name] for name in axes.split((hidden,), axes.HIDDEN)[0])
-    if parts > 1 or features * hidden > MOST_WEIGHTS or (tokens > MOST_TOKENS and tokens % 8):
+    if _parts(hidden, axes.HIDDEN) > 1 or features * hidden > MOST_WEIGHTS or (tokens > MOST_TOKENS and tokens % 8):
         return "jnp"
     # Only bfloat16 was weighed.
     fits = dtype == jnp.bfloat16 and any(
@@ -276,6 +274,12 @@ def feed_forward_kernel(tokens: int, features: int, hidden: int, dtype: Any) -> 
         for name, (least, most) in FEED_FORWARD_TABLE
     )
     return "pallas" if choice == "pallas" or fits else "jnp"
+
+
+def _parts(length: int, name: str) -> int:
+    """Return over how many devices the logical rules split an axis of that name."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[each] for each in axes.split((length,), name)[0])
 
 
 def _refusal(tokens: int, dtype: Any, dropout_rate: float, platform: str) -> str:

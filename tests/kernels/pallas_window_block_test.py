@@ -213,6 +213,9 @@ def test_the_table_takes_the_block_on_tpu_alone_and_refuses_nothing():
     with jax.set_mesh(mesh()), nn.logical_axis_rules(((axes.HEADS, "model"),)):
         assert kernel("pallas", heads=3) == "pallas"  # three heads are not split over two devices
         assert kernel("pallas", heads=2, features=64) == "jnp"
+    one = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    with jax.set_mesh(one), nn.logical_axis_rules(((axes.HEADS, "model"),)):
+        assert kernel("pallas", heads=2, features=64) == "pallas"  # a mesh axis of one device splits nothing
 
 
 def mesh():
