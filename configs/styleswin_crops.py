@@ -1,8 +1,9 @@
 """Generate 64-pixel crops of photographs: a StyleSwin against a wavelet discriminator, both small.
 
 Command:  python -m train configs/styleswin_crops.py
-Expected: Frechet distance 437 of 2,619 untrained, after 1,500 steps (369 after 1,250), some minutes of processor time
-          on two CPU cores: colours and textures, no things, and seams of windows still show; see docs/generation.md.
+Expected: Frechet distance 386 of 1,991 untrained, after 1,500 steps, some minutes of processor time on one core of a
+          CPU: colours and textures, no things. Seams of windows still show, 18 times as strong as in training pictures
+          (35 times where tables and kernels begin as published); see docs/generation.md.
 
 The pictures are crops at random places of the fourteen training photographs that scikit-image and scikit-learn ship.
 """
