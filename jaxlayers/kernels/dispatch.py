@@ -98,6 +98,9 @@ class EdgeRow:
 # By the TPU compiler's estimates, see docs/decisions/edge_kernel.md; on no other platform is there a kernel.
 EDGE_TABLE: tuple[EdgeRow, ...] = (EdgeRow("tpu", degree=(1, 1), outputs=(2400, 2400)),)
 
+# Features of a map whose patches are normed and projected by a convolution, see docs/decisions/patch_convolution.md.
+PATCH_TABLE: tuple[tuple[str, tuple[int, int]], ...] = (("tpu", (96, 384)),)
+
 # Features of a perceptron whose hidden layer is at most four times as wide, see docs/decisions/feed_forward_kernel.md.
 FEED_FORWARD_TABLE: tuple[tuple[str, tuple[int, int]], ...] = (("tpu", (96, 384)),)
 
@@ -247,6 +250,24 @@ def cut_kernel(size: Sequence[int], window: Sequence[int], features: int, dtype:
     row = window[0] * size[-1] * -(-features // 128) * 128 * jnp.dtype(dtype).itemsize
     serves = len(size) == 2 and dtype in (jnp.float32, jnp.bfloat16)
     return "pallas" if serves and size[1] // window[1] <= MOST_WINDOWS and row <= MOST_ROW_BYTES else "jnp"
+
+
+def convolves_patches(features: int, dtype: Any) -> bool:
+    """Return whether patches of a map are normed and projected by a convolution (`ops.patches.project_normed_patches`).
+
+    "pallas" takes it in float32 and bfloat16, "table" in bfloat16, which was weighed, on TPU.
+
+    Args:
+      features: of the map.
+      dtype: of the map, and of the product.
+    """
+    choice, platform = _scope.value
+    platform = platform or jax.default_backend()
+    dtype = jnp.dtype(dtype)
+    if choice == "table":
+        rows = (platform == name and least <= features <= most for name, (least, most) in PATCH_TABLE)
+        return dtype == jnp.bfloat16 and any(rows)
+    return choice == "pallas" and not _dtype_refusal(dtype)
 
 
 def feed_forward_kernel(tokens: int, features: int, hidden: int, dtype: Any) -> Kernel:

@@ -33,7 +33,7 @@ from jaxlayers.nn.multi_head import attention_weights, merge_heads, split_heads
 from jaxlayers.nn.patch_embed import PatchEmbed
 from jaxlayers.nn.window_maps import cut_windows, join_windows
 from jaxlayers.ops.halo import map_split, window_mask, window_names
-from jaxlayers.ops.patches import pad_to_multiple, split_shape, to_patches
+from jaxlayers.ops.patches import pad_to_multiple, project_normed_patches, split_shape, to_patches
 from jaxlayers.ops.resample import resample_patch_kernel, resample_relative_table
 from jaxlayers.ops.windows import fit_window, relative_position_bias
 
@@ -462,10 +462,18 @@ class PatchMerging(nn.Module):
         Raises:
           ValueError: if `x` has fewer than three axes or `features` is not positive.
         """
-        x = to_patches(pad_to_multiple(x, (2, 2)), (2, 2), first_axis_fastest=True)
-        features = x.shape[-1] // 2 if self.features is None else self.features
+        x, width = pad_to_multiple(x, (2, 2)), 4 * x.shape[-1]
+        features = width // 2 if self.features is None else self.features
         if features < 1:
             raise ValueError(f"features={self.features} must be positive; set features or leave it None")
+        dtype = nn.dtypes.canonicalize_dtype(x, jnp.zeros((), self.param_dtype), dtype=self.dtype)
+        if self.norm is layer_norm and x.dtype == dtype and dispatch.convolves_patches(x.shape[-1], dtype):
+            scale, offset = _NormWeights(self.param_dtype, name="pre_norm")(width)
+            fields = (features, False, self.param_dtype, self.kernel_init, zeros())
+            kernel, _ = _Weights(*fields, name="reduction")(width)
+            x = project_normed_patches(x, (2, 2), scale, offset, kernel, epsilon=_EPSILON)
+            return axes.constrain_map(x, 2)
+        x = to_patches(x, (2, 2), first_axis_fastest=True)
         x = self.norm(dtype=self.dtype, param_dtype=self.param_dtype, name="pre_norm")(x)
         x = nn.Dense(
             features,

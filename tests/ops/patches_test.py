@@ -1,5 +1,6 @@
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from jaxlayers.ops.patches import (
     from_blocks,
     from_patches,
     pad_to_multiple,
+    project_normed_patches,
     split_shape,
     to_blocks,
     to_patches,
@@ -73,7 +75,46 @@ def test_padding_adds_zeros_at_the_ends_and_crop_takes_them_away(example, multip
     np.testing.assert_allclose(np.sum(padded), np.sum(x), rtol=1e-6)
 
 
+def patch_problem(dtype=jnp.float32):
+    """Return a map of 4 x 6 pixels and 3 features, scale, offset and weights of patches of 2 x 3."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = ((2, 4, 6, 3), (18,), (18,), (18, 5))
+    x, *rest = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
+    return (x + 2).astype(dtype), *rest
+
+
+def plainly_projected(x, scale, offset, kernel, first_axis_fastest=True):
+    patches = to_patches(x, (2, 3), first_axis_fastest=first_axis_fastest)
+    mean, variance = patches.mean(-1, keepdims=True), patches.var(-1, keepdims=True)
+    return ((patches - mean) / jnp.sqrt(variance + 1e-5) * scale + offset) @ kernel
+
+
+def test_normed_patches_are_projected_by_a_convolution_as_they_are_one_by_one():
+    problem = patch_problem()
+
+    def both(function):
+        out, back = jax.vjp(function, *problem)
+        return out, *back(jnp.sin(out))
+
+    found = both(lambda *operands: project_normed_patches(operands[0], (2, 3), *operands[1:], epsilon=1e-5))
+    for one, other in zip(found, both(plainly_projected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * np.abs(other).max())
+    # Negative control: pixels in the other order are other patches.
+    assert np.abs(found[0] - plainly_projected(*problem, first_axis_fastest=False)).max() > 0.1
+
+
+def test_normed_patches_of_bfloat16_keep_what_is_far_from_zero():
+    x, *rest = patch_problem(jnp.bfloat16)
+    exact = plainly_projected(x.astype(jnp.float32), *rest)
+    found = project_normed_patches(x, (2, 3), *rest, epsilon=1e-5)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(found.astype(jnp.float32), exact, rtol=0, atol=0.02 * np.abs(exact).max())
+
+
 def test_clear_errors():
+    with pytest.raises(ValueError, match=r"map of \(4, 5\) must be a multiple of patch=\(2, 3\)"):
+        x, *rest = patch_problem()
+        project_normed_patches(x[:, :, :5], (2, 3), *rest, epsilon=1e-5)
     with pytest.raises(ValueError, match=r"spatial size \(5, 4\) must be divisible by the block \(2, 2\); pad"):
         to_blocks(jnp.ones((1, 5, 4, 3)), (2, 2))
     with pytest.raises(ValueError, match="features=5 must be divisible by the 4 pixels"):

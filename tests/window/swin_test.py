@@ -4,6 +4,7 @@ import itertools
 import math
 import re
 
+import chex
 import flax.linen as nn
 import flax.traverse_util
 import jax
@@ -14,6 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlayers.core import axes
+from jaxlayers.kernels import dispatch
 from jaxlayers.ops.windows import merge_windows, partition_windows, shift_mask
 from jaxlayers.testing import BadInput, Case
 from jaxlayers.window import PatchMerging, Swin, SwinBlock, WindowAttention, swin
@@ -612,6 +614,20 @@ def test_reference_checkpoints_that_do_not_fit_are_refused(tiny):
         swin.from_reference(tensors, TINY.clone(window_size=3), source="timm")
     with pytest.raises(ValueError, match="scan=True must be False"):
         swin.from_reference(tensors, TINY.clone(scan=True), source="timm")
+
+
+def test_merging_by_a_convolution_has_the_same_parameters_and_values(rng):
+    merge, x = PatchMerging(), jnp.asarray(rng.normal(size=(2, 5, 6, 8)), jnp.float32)
+    found = {}
+    for choice in ("jnp", "pallas"):
+        with dispatch.use(choice):
+            params = merge.init(jax.random.key(0), x)
+            gradient = jax.grad(lambda params: jnp.sum(jnp.sin(merge.apply(params, x))))
+            found[choice] = params, merge.apply(params, x), gradient(params)
+            text = str(jax.make_jaxpr(merge.apply)(params, x))
+            assert ("conv_general_dilated" in text) == (choice == "pallas")
+    chex.assert_trees_all_equal(found["jnp"][0], found["pallas"][0])
+    chex.assert_trees_all_close(found["jnp"][1:], found["pallas"][1:], atol=2e-5)
 
 
 def test_own_fields_stay_few():
