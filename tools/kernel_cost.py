@@ -1,11 +1,12 @@
 """Compare the Pallas kernels of a block with what XLA makes of the same block, by the TPU compiler's own estimates.
 
-    python -m tools.kernel_cost --python .venv-tpu/bin/python [--feed-forward]
+    python -m tools.kernel_cost --python .venv-tpu/bin/python [--feed-forward | --merging]
 
 For each size the forward and backward pass of a `SwinBlock` on eight maps in bfloat16 is compiled for one chip: once as
 XLA has it, once with the kernels. Of what XLA compiles the cycles are its estimates, of every kernel in it they are
 those of its schedule (`tools.plan_kernels`). Writes the table of docs/decisions/window_kernel.md to standard output,
-or, of a second half alone, that of docs/decisions/feed_forward_kernel.md.
+or, of a second half alone, that of docs/decisions/feed_forward_kernel.md, or, of the merging between stages, that of
+docs/decisions/patch_convolution.md.
 """
 
 import argparse
@@ -104,6 +105,30 @@ class Half:
 HALVES = (Half(56, 96), Half(28, 192), Half(14, 384), Half(56, 128))
 
 
+@dataclasses.dataclass(frozen=True)
+class Merge(Half):
+    """One row of the third table: maps halved by `PatchMerging`.
+
+    Attributes:
+      images: number of maps.
+    """
+
+    images: int = IMAGES
+
+    def layer(self) -> Any:
+        """Return the module."""
+        import jax.numpy as jnp
+
+        from jaxlayers.window import PatchMerging
+
+        return PatchMerging(dtype=jnp.bfloat16)
+
+
+MERGES = tuple(
+    Merge(side, features, images) for images in (8, 64) for side, features in ((56, 96), (28, 192), (14, 384))
+)
+
+
 def block_cycles(size: Size | Half, chip: str) -> dict[str, int]:
     """Return the cycles of a block's forward and backward pass.
 
@@ -119,7 +144,8 @@ def block_cycles(size: Size | Half, chip: str) -> dict[str, int]:
 
     place = chips.topology(f"{chip}:2x2")
     block = size.layer()
-    x = jax.ShapeDtypeStruct((IMAGES, size.side, size.side, size.features), jnp.bfloat16)
+    images = size.images if isinstance(size, Merge) else IMAGES
+    x = jax.ShapeDtypeStruct((images, size.side, size.side, size.features), jnp.bfloat16)
     variables = jax.eval_shape(block.init, jax.random.key(0), x)
 
     def loss(variables: Any, x: Any) -> Any:
@@ -142,8 +168,9 @@ def measured(size: Size | Half, chip: str, python: str) -> dict[str, int]:
     Raises:
       RuntimeError: if it fails, with what it said.
     """
+    order = [python, "-m", "tools.kernel_cost", "--chip", chip, "--kind", type(size).__name__]
     done = subprocess.run(
-        [python, "-m", "tools.kernel_cost", "--one", json.dumps(dataclasses.asdict(size)), "--chip", chip],
+        [*order, "--one", json.dumps(dataclasses.asdict(size))],
         env={**os.environ, **ENVIRONMENT},
         capture_output=True,
         text=True,
@@ -168,8 +195,9 @@ def row(size: Size, found: dict[str, int]) -> str:
 def half_row(size: Half, found: dict[str, int]) -> str:
     """Return a row of the second table."""
     whole = found["pallas"] + found["kernels"]
+    images = f"{size.images} of " if isinstance(size, Merge) else ""
     return (
-        f"| {size.side} x {size.side} x {size.features} | {found['jnp']:,} | {found['pallas']:,} "
+        f"| {images}{size.side} x {size.side} x {size.features} | {found['jnp']:,} | {found['pallas']:,} "
         f"| {found['kernels']:,} | {found['jnp'] / whole:.2f} |"
     )
 
@@ -186,16 +214,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--python", default=sys.executable, help="an interpreter that has libtpu")
     parser.add_argument("--chip", default="v5e")
     parser.add_argument("--feed-forward", action="store_true", help="weigh the second half of blocks alone")
+    parser.add_argument("--merging", action="store_true", help="weigh the merging of maps")
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--kind", default="Size", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.one:
         fields = json.loads(options.one)
-        size = Size(**fields) if "heads" in fields else Half(**fields)
+        kind: Any = {kind.__name__: kind for kind in (Size, Half, Merge)}[options.kind]
+        size: Any = kind(**fields)
         print(json.dumps(block_cycles(size, options.chip)))
         return
-    if options.feed_forward:
+    if options.feed_forward or options.merging:
         print(HALF_HEAD, flush=True)
-        for half in HALVES:
+        for half in MERGES if options.merging else HALVES:
             print(half_row(half, measured(half, options.chip, options.python)), flush=True)
         return
     print(HEAD, flush=True)

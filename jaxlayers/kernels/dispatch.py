@@ -98,8 +98,9 @@ class EdgeRow:
 # By the TPU compiler's estimates, see docs/decisions/edge_kernel.md; on no other platform is there a kernel.
 EDGE_TABLE: tuple[EdgeRow, ...] = (EdgeRow("tpu", degree=(1, 1), outputs=(2400, 2400)),)
 
-# Features of a map whose patches are normed and projected by a convolution, see docs/decisions/patch_convolution.md.
-PATCH_TABLE: tuple[tuple[str, tuple[int, int]], ...] = (("tpu", (96, 384)),)
+# Features of a map whose patches are normed and projected by a convolution, and the fewest patches, see
+# docs/decisions/patch_convolution.md.
+PATCH_TABLE: tuple[tuple[str, tuple[int, int], int], ...] = (("tpu", (96, 384), 1568),)
 
 # Features of a perceptron whose hidden layer is at most four times as wide, see docs/decisions/feed_forward_kernel.md.
 FEED_FORWARD_TABLE: tuple[tuple[str, tuple[int, int]], ...] = (("tpu", (96, 384)),)
@@ -252,21 +253,24 @@ def cut_kernel(size: Sequence[int], window: Sequence[int], features: int, dtype:
     return "pallas" if serves and size[1] // window[1] <= MOST_WINDOWS and row <= MOST_ROW_BYTES else "jnp"
 
 
-def convolves_patches(features: int, dtype: Any) -> bool:
+def convolves_patches(patches: int, features: int, dtype: Any) -> bool:
     """Return whether patches of a map are normed and projected by a convolution (`ops.patches.project_normed_patches`).
 
     "pallas" takes it in float32 and bfloat16, "table" in bfloat16, which was weighed, on TPU.
 
     Args:
-      features: of the map.
-      dtype: of the map, and of the product.
+      patches: of all maps.
+      features: of a map.
+      dtype: of the maps, and of the product.
     """
     choice, platform = _scope.value
     platform = platform or jax.default_backend()
     dtype = jnp.dtype(dtype)
     if choice == "table":
-        rows = (platform == name and least <= features <= most for name, (least, most) in PATCH_TABLE)
-        return dtype == jnp.bfloat16 and any(rows)
+        return dtype == jnp.bfloat16 and any(
+            platform == name and least <= features <= most and patches >= fewest
+            for name, (least, most), fewest in PATCH_TABLE
+        )
     return choice == "pallas" and not _dtype_refusal(dtype)
 
 

@@ -467,7 +467,8 @@ class PatchMerging(nn.Module):
         if features < 1:
             raise ValueError(f"features={self.features} must be positive; set features or leave it None")
         dtype = nn.dtypes.canonicalize_dtype(x, jnp.zeros((), self.param_dtype), dtype=self.dtype)
-        if self.norm is layer_norm and x.dtype == dtype and dispatch.convolves_patches(x.shape[-1], dtype):
+        patches = x.size // width
+        if self.norm is layer_norm and x.dtype == dtype and dispatch.convolves_patches(patches, width // 4, dtype):
             scale, offset = _NormWeights(self.param_dtype, name="pre_norm")(width)
             fields = (features, False, self.param_dtype, self.kernel_init, zeros())
             kernel, _ = _Weights(*fields, name="reduction")(width)

@@ -626,6 +626,11 @@ def test_merging_by_a_convolution_has_the_same_parameters_and_values(rng):
             found[choice] = params, merge.apply(params, x), gradient(params)
             text = str(jax.make_jaxpr(merge.apply)(params, x))
             assert ("conv_general_dilated" in text) == (choice == "pallas")
+    with dispatch.use("table", platform="tpu"):
+        assert dispatch.convolves_patches(1568, 96, "bfloat16")
+        assert not dispatch.convolves_patches(392, 96, "bfloat16")
+        assert not dispatch.convolves_patches(1568, 96, jnp.float32)
+        assert not dispatch.convolves_patches(1568, 768, jnp.bfloat16)
     chex.assert_trees_all_equal(found["jnp"][0], found["pallas"][0])
     chex.assert_trees_all_close(found["jnp"][1:], found["pallas"][1:], atol=2e-5)
 
