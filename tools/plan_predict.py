@@ -262,7 +262,7 @@ def assumptions(answer: Mapping[str, Any], place: Topology, found: Mapping[str, 
     if reading["by_kernel"]:
         lines.append(
             "Cycles of Pallas kernels are the bundles of the schedule that the compiler makes of each, or their bytes "
-            "to and from HBM where these take longer: a lower bound, since nothing stalls."
+            "to and from HBM or their operations where these take longer: a lower bound, since memory never stalls."
         )
     uncertain = sorted({each["name"] for each in train["kernels"] if each["unknown_loops"]})
     if uncertain:
