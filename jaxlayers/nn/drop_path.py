@@ -83,7 +83,7 @@ class DropPath(nn.Module):
             )
         if deterministic or (rate is None and self.rate == 0.0):
             return x
-        kept, keep = self._draw(x.shape[: self.batch_ndim], rate)
+        kept, keep = _draw(self.make_rng("dropout"), self.rate if rate is None else rate, x.shape[: self.batch_ndim])
         kept = kept.reshape(kept.shape + (1,) * (x.ndim - self.batch_ndim))
         return jnp.where(kept, x / keep.astype(x.dtype), jnp.zeros((), x.dtype))
 
@@ -99,10 +99,11 @@ class DropPath(nn.Module):
         """
         if deterministic or (rate is None and self.rate == 0.0):
             return None
-        kept, keep = self._draw(batch, rate)
+        kept, keep = _draw(self.make_rng("dropout"), self.rate if rate is None else rate, batch)
         return jnp.where(kept, 1 / keep, 0.0)
 
-    def _draw(self, batch: tuple[int, ...], rate: Array | None) -> tuple[Array, Array]:
-        """Return which samples are kept, and with what probability."""
-        keep = jnp.asarray(1.0 - (self.rate if rate is None else rate), jnp.float32)
-        return jax.random.bernoulli(self.make_rng("dropout"), keep, batch), keep
+
+def _draw(key: Array, rate: Array | float, batch: tuple[int, ...]) -> tuple[Array, Array]:
+    """Return which samples are kept, and with what probability; a method would enter a capture of intermediates."""
+    keep = jnp.asarray(1.0 - rate, jnp.float32)
+    return jax.random.bernoulli(key, keep, batch), keep
