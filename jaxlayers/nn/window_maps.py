@@ -3,9 +3,10 @@
 import math
 from collections.abc import Sequence
 
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, Float, Shaped
 
 from jaxlayers.kernels import dispatch
+from jaxlayers.nn.drop_path import DropPath
 from jaxlayers.ops import halo
 from jaxlayers.ops.patches import crop, pad_to_multiple, split_shape
 
@@ -24,8 +25,7 @@ def cut_windows(
     Returns:
       As `ops.halo.cut_windows`.
     """
-    _, size, features = split_shape(x.shape, len(window))
-    if any(split) or dispatch.cut_kernel(_padded(size, window), window, features, x.dtype) == "jnp":
+    if not _takes_kernel(x, window, split):
         return halo.cut_windows(x, window, amount, split)
     # It takes over a second to import.
     from jaxlayers.kernels import pallas_cut
@@ -47,6 +47,64 @@ def join_windows(
     from jaxlayers.kernels import pallas_cut
 
     return crop(pallas_cut.join(windows, _pair(padded), _pair(window), _pair(amount)), size)
+
+
+def cut_and_keep(
+    x: Shaped[Array, "*axes features"], window: Sequence[int], amount: Sequence[int], split: halo.Split
+) -> tuple[Shaped[Array, "*windows tokens features"], Shaped[Array, "*axes features"]]:
+    """Return `cut_windows` of a map, and the map: a residual sum that goes on with it adds gradients while joining."""
+    if not (_is_whole(x, window) and _takes_kernel(x, window, split)):
+        return cut_windows(x, window, amount, split), x
+    from jaxlayers.kernels import pallas_cut
+
+    return pallas_cut.cut_and_keep(x, _pair(window), _pair(amount))
+
+
+def add_windows(
+    x: Float[Array, "*axes features"],
+    windows: Float[Array, "*windows tokens features"],
+    window: Sequence[int],
+    amount: Sequence[int],
+    split: halo.Split,
+    drop_path: DropPath,
+    drop_path_rate: Float[Array, ""] | None = None,
+    *,
+    deterministic: bool = True,
+) -> Float[Array, "*axes features"]:
+    """Return x + drop(join(windows)), in one pass over the map where the scope chooses the kernel.
+
+    Args:
+      x: map `[*batch, *size, features]`.
+      windows: as `cut_windows` returns them for such a map.
+      window: as of `cut_windows`.
+      amount: as of `cut_windows`.
+      split: as of `cut_windows`.
+      drop_path: of the branch.
+      drop_path_rate: replaces its field; may be traced.
+      deterministic: no dropped branches.
+
+    Returns:
+      A map like `x`.
+    """
+    batch, size, _ = split_shape(x.shape, len(window))
+    served = _is_whole(x, window) and x.dtype == windows.dtype and drop_path.batch_ndim == len(batch)
+    if not (served and _takes_kernel(x, window, split)):
+        y = join_windows(windows, size, window, amount, split)
+        return x + drop_path(y, drop_path_rate, deterministic=deterministic)
+    from jaxlayers.kernels import pallas_cut
+
+    factor = drop_path.factor(batch, drop_path_rate, deterministic=deterministic)
+    return pallas_cut.join(windows, _pair(size), _pair(window), _pair(amount), onto=x, factor=factor)
+
+
+def _takes_kernel(x: Array, window: Sequence[int], split: halo.Split) -> bool:
+    _, size, features = split_shape(x.shape, len(window))
+    return not any(split) and dispatch.cut_kernel(_padded(size, window), window, features, x.dtype) == "pallas"
+
+
+def _is_whole(x: Array, window: Sequence[int]) -> bool:
+    _, size, _ = split_shape(x.shape, len(window))
+    return _padded(size, window) == size
 
 
 def _padded(size: Sequence[int], window: Sequence[int]) -> tuple[int, ...]:

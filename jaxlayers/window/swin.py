@@ -31,7 +31,7 @@ from jaxlayers.nn.feed_forward import FeedForward, add_feed_forward
 from jaxlayers.nn.learned_table import learned_table
 from jaxlayers.nn.multi_head import attention_weights, merge_heads, split_heads
 from jaxlayers.nn.patch_embed import PatchEmbed
-from jaxlayers.nn.window_maps import cut_windows, join_windows
+from jaxlayers.nn.window_maps import add_windows, cut_and_keep, cut_windows, join_windows
 from jaxlayers.ops.halo import map_split, window_mask, window_names
 from jaxlayers.ops.patches import pad_to_multiple, project_normed_patches, split_shape, to_patches
 from jaxlayers.ops.resample import resample_patch_kernel, resample_relative_table
@@ -374,7 +374,10 @@ class SwinBlock(nn.Module):
         whole = all(length % step == 0 for length, step in zip(size, window, strict=True))
         fused = whole and self._norms_in_kernel(x, math.prod(window), deterministic)
         given = _NormWeights(self.param_dtype, name="norm1")(features) if fused else None
-        y = cut_windows(x if fused else norm(name="norm1")(x), window, amount, split)
+        if fused:
+            y, x = cut_and_keep(x, window, amount, split)
+        else:
+            y = cut_windows(norm(name="norm1")(x), window, amount, split)
         y = WindowAttention(
             self.num_heads,
             window_size=full_window,
@@ -389,9 +392,12 @@ class SwinBlock(nn.Module):
             names=window_names(split),
             deterministic=deterministic,
         )
-        y = join_windows(y, size, window, amount, split)
-        y = nn.Dropout(self.dropout_rate)(y, deterministic=deterministic)
-        x = axes.constrain_map(x + drop_path(y, drop_path_rate, deterministic=deterministic), len(full_window))
+        if deterministic or not self.dropout_rate:
+            x = add_windows(x, y, window, amount, split, drop_path, drop_path_rate, deterministic=deterministic)
+        else:
+            y = nn.Dropout(self.dropout_rate)(join_windows(y, size, window, amount, split), deterministic=False)
+            x = x + drop_path(y, drop_path_rate, deterministic=deterministic)
+        x = axes.constrain_map(x, len(full_window))
 
         feed_forward = functools.partial(
             FeedForward, int(features * self.mlp_ratio), dropout_rate=self.dropout_rate, **common

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDev
 from jaxlayers.core import axes
 from jaxlayers.kernels import dispatch, pallas_cut
 from jaxlayers.nn import window_maps
+from jaxlayers.nn.drop_path import DropPath
 from jaxlayers.ops import halo
 from train.collectives import collectives
 
@@ -70,6 +71,62 @@ def test_maps_that_windows_do_not_fill_are_padded_and_cropped(kernels):
     np.testing.assert_array_equal(joined, x)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
+def test_a_residual_sum_is_one_pass_each_way(scaled, dtype):
+    size, window, amount = (6, 8), (3, 4), (1, 2)
+    x, gradient = draw(3, *size, 5, dtype=dtype), draw(3, *size, 5, seed=1, dtype=dtype)
+    factor = jnp.asarray([0.0, 1.25, 2.5], jnp.float32) if scaled else None
+
+    def kernels(x):
+        windows, x = pallas_cut.cut_and_keep(x, window, amount)
+        return pallas_cut.join(jnp.sin(windows), size, window, amount, onto=x, factor=factor)
+
+    def twin(x):
+        # In float32, of which a kernel rounds the result once.
+        x = x.astype(jnp.float32)
+        y = halo.join_windows(jnp.sin(halo.cut_windows(x, window, amount, WHOLE)), size, window, amount, WHOLE)
+        return x + (y if factor is None else y * factor[:, None, None, None])
+
+    (found, back), (expected, expected_back) = jax.vjp(kernels, x), jax.vjp(twin, x)
+    tolerance = 2e-6 if dtype == jnp.float32 else 1e-2
+    same = functools.partial(np.testing.assert_allclose, rtol=tolerance, atol=tolerance)
+    same(np.asarray(found, np.float32), expected)
+    of_x, expected_of_x = back(gradient)[0], expected_back(gradient.astype(jnp.float32))[0]
+    same(np.asarray(of_x, np.float32), np.asarray(expected_of_x, np.float32))
+    # The control: maps are not only joined, and the factor counts.
+    assert np.abs(np.asarray(found - x, np.float32)).max() > 0.5
+    if scaled:
+        np.testing.assert_array_equal(found[0], x[0])
+    program = jax.make_jaxpr(lambda x, gradient: jax.vjp(kernels, x)[1](gradient))(x, gradient)
+    assert not {"add", "add_any"} & {step.primitive.name for step in program.eqns}
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 10)], ids=str)
+def test_windows_are_added_to_a_map_with_the_draws_of_stochastic_depth(size):
+    x = draw(4, *size, 3)
+
+    class Branch(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            y, x = window_maps.cut_and_keep(x, (4, 4), (2, 2), WHOLE)
+            return window_maps.add_windows(x, jnp.cos(y), (4, 4), (2, 2), WHOLE, DropPath(0.5), deterministic=False)
+
+    def run(kernels, key=7):
+        def loss(x):
+            with dispatch.use(kernels):
+                y: Any = Branch().apply({}, x, rngs={"dropout": jax.random.key(key)})
+            return jnp.sum(y * jnp.sin(jnp.arange(y.size).reshape(y.shape))), y
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(x)
+
+    ((_, expected), slope), ((_, found), found_slope) = run("jnp"), run("pallas")
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(found_slope, slope, rtol=0, atol=1e-5)
+    kept = np.any(np.asarray(found) != np.asarray(x), axis=(1, 2, 3))
+    assert 0 < kept.sum() < 4, "choose a key that drops some of the examples"
+
+
 def test_what_the_kernel_does_not_serve_is_left_to_jnp():
     def kernel(choice, platform, size=(56, 56), window=(7, 7), features=96, dtype=jnp.bfloat16):
         with dispatch.use(choice, platform=platform):
@@ -124,10 +181,13 @@ def test_kernels_compile_for_tpu(size, window, features, dtype):
     place = SingleDeviceSharding(topology.devices[0])
     amount = (window // 2 if size[0] > window else 0,) * 2
 
-    def both(x):
-        y = pallas_cut.cut(x, (window, window), amount)
-        return y, pallas_cut.join(2 * y, size, (window, window), amount)
+    def branch(x, factor):
+        y, x = pallas_cut.cut_and_keep(x, (window, window), amount)
+        y = pallas_cut.join(2 * y, size, (window, window), amount, onto=x, factor=factor)
+        return jnp.sum(jnp.square(y.astype(jnp.float32)))
 
     x = jax.ShapeDtypeStruct((2, *size, features), dtype, sharding=place)
-    text: Any = jax.jit(both).lower(x).compile().as_text()
-    assert text.count("tpu_custom_call") >= 2
+    factor = jax.ShapeDtypeStruct((2,), jnp.float32, sharding=place)
+    for given in (factor, None):
+        text: Any = jax.jit(jax.grad(branch)).lower(x, given).compile().as_text()
+        assert text.count("tpu_custom_call") >= 4
