@@ -13,6 +13,7 @@ from jaxlayers.core.initializers import truncated_normal, zeros
 from jaxlayers.core.types import ActivationFn, Dtype, Initializer
 from jaxlayers.kernels import dispatch
 from jaxlayers.nn.drop_path import DropPath
+from jaxlayers.nn.weights import dense_weights, norm_weights
 
 exact_gelu = functools.partial(nn.gelu, approximate=False)
 
@@ -136,8 +137,14 @@ def add_feed_forward(
         from jaxlayers.kernels import pallas_feed_forward
 
         affine, fields = norm(parent=None), feed_forward(parent=None)
-        scale, offset = _Norm(affine.param_dtype, affine.scale_init, affine.bias_init, name="norm2")(x)
-        weights = _FeedForward(
+        scale, offset = norm_weights(
+            x.shape[-1],
+            param_dtype=affine.param_dtype,
+            scale_init=affine.scale_init,
+            bias_init=affine.bias_init,
+            name="norm2",
+        )
+        weights: tuple[Any, Any, Any, Any] = _FeedForward(
             fields.hidden_features, fields.param_dtype, fields.kernel_init, fields.bias_init, name="feed_forward"
         )(x)
         factor = drop_path.factor(x.shape[: drop_path.batch_ndim], drop_path_rate, deterministic=deterministic)
@@ -177,34 +184,6 @@ def _serves(x: Array, norm: Callable[..., Any], feed_forward: Callable[..., Feed
     )
 
 
-class _Norm(nn.Module):
-    """Return scale and bias of a `flax.linen.LayerNorm`."""
-
-    param_dtype: Dtype
-    scale_init: Initializer
-    bias_init: Initializer
-
-    @nn.compact
-    def __call__(self, x: Array) -> tuple[Array, Array]:
-        shape = x.shape[-1:]
-        scale = self.param("scale", self.scale_init, shape, self.param_dtype)
-        return scale, self.param("bias", self.bias_init, shape, self.param_dtype)
-
-
-class _Dense(nn.Module):
-    """Return kernel and bias of a `flax.linen.Dense`."""
-
-    shape: tuple[int, int]
-    param_dtype: Dtype
-    kernel_init: Initializer
-    bias_init: Initializer
-
-    @nn.compact
-    def __call__(self) -> tuple[Array, Array]:
-        kernel = self.param("kernel", self.kernel_init, self.shape, self.param_dtype)
-        return kernel, self.param("bias", self.bias_init, self.shape[1:], self.param_dtype)
-
-
 class _FeedForward(nn.Module):
     """Return the weights of a `FeedForward`: each projection and its bias."""
 
@@ -214,8 +193,11 @@ class _FeedForward(nn.Module):
     bias_init: Initializer
 
     @nn.compact
-    def __call__(self, x: Array) -> tuple[Array, Array, Array, Array]:
-        fields = self.param_dtype, self.kernel_init, self.bias_init
-        up, up_bias = _Dense((x.shape[-1], self.hidden_features), *fields, name="up")()
-        down, down_bias = _Dense((self.hidden_features, x.shape[-1]), *fields, name="down")()
-        return up, up_bias, down, down_bias
+    def __call__(self, x: Array) -> tuple[Any, Any, Any, Any]:
+        weights = functools.partial(
+            dense_weights, param_dtype=self.param_dtype, kernel_init=self.kernel_init, bias_init=self.bias_init
+        )
+        features = x.shape[-1]
+        return *weights(features, self.hidden_features, name="up"), *weights(
+            self.hidden_features, features, name="down"
+        )

@@ -31,6 +31,7 @@ from jaxlayers.nn.feed_forward import FeedForward, add_feed_forward
 from jaxlayers.nn.learned_table import learned_table
 from jaxlayers.nn.multi_head import attention_weights, merge_heads, split_heads
 from jaxlayers.nn.patch_embed import PatchEmbed
+from jaxlayers.nn.weights import dense_weights, norm_weights
 from jaxlayers.nn.window_maps import add_windows, cut_and_keep, cut_windows, join_windows
 from jaxlayers.ops.halo import map_split, window_mask, window_names
 from jaxlayers.ops.patches import pad_to_multiple, project_normed_patches, split_shape, to_patches
@@ -69,33 +70,6 @@ class _Projection(nn.Module):
             kernel, bias = kernel * self.scale, None if bias is None else bias * self.scale
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         return x @ kernel, bias
-
-
-class _Weights(nn.Module):
-    """Return kernel and bias of a `flax.linen.Dense`, with its parameters, for a kernel that computes the product."""
-
-    features: int
-    use_bias: bool
-    param_dtype: Dtype
-    kernel_init: Initializer
-    bias_init: Initializer
-
-    @nn.compact
-    def __call__(self, features: int) -> tuple[Array, Array | None]:
-        kernel = self.param("kernel", self.kernel_init, (features, self.features), self.param_dtype)
-        bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
-        return kernel, bias
-
-
-class _NormWeights(nn.Module):
-    """Return scale and offset of a `flax.linen.LayerNorm`, with its parameters."""
-
-    param_dtype: Dtype
-
-    @nn.compact
-    def __call__(self, features: int) -> tuple[Array, Array]:
-        scale = self.param("scale", nn.initializers.ones, (features,), self.param_dtype)
-        return scale, self.param("bias", nn.initializers.zeros, (features,), self.param_dtype)
 
 
 class WindowAttention(nn.Module):
@@ -207,9 +181,9 @@ class WindowAttention(nn.Module):
         if dispatch.block_kernel(x.shape[-2], self.num_heads, features, dtype, dropout_rate) == "pallas":
             from jaxlayers.kernels import pallas_window_block
 
-            init = (self.param_dtype, self.kernel_init, self.bias_init)
+            init: dict[str, Any] = {key: dense.keywords[key] for key in ("param_dtype", "kernel_init", "bias_init")}
             *found, (out, out_shift) = (
-                _Weights(features, self.use_bias or name == "out", *init, name=name)(features)
+                dense_weights(features, features, use_bias=self.use_bias or name == "out", **init, name=name)
                 for name in ("query", "key", "value", "out")
             )
             biases = [each for _, each in found if each is not None]
@@ -373,7 +347,7 @@ class SwinBlock(nn.Module):
         # The kernel norms tokens of windows, of which padding would be some.
         whole = all(length % step == 0 for length, step in zip(size, window, strict=True))
         fused = whole and self._norms_in_kernel(x, math.prod(window), deterministic)
-        given = _NormWeights(self.param_dtype, name="norm1")(features) if fused else None
+        given = norm_weights(features, param_dtype=self.param_dtype, name="norm1") if fused else None
         if fused:
             y, x = cut_and_keep(x, window, amount, split)
         else:
@@ -475,9 +449,11 @@ class PatchMerging(nn.Module):
         dtype = nn.dtypes.canonicalize_dtype(x, jnp.zeros((), self.param_dtype), dtype=self.dtype)
         patches = x.size // width
         if self.norm is layer_norm and x.dtype == dtype and dispatch.convolves_patches(patches, width // 4, dtype):
-            scale, offset = _NormWeights(self.param_dtype, name="pre_norm")(width)
-            fields = (features, False, self.param_dtype, self.kernel_init, zeros())
-            kernel, _ = _Weights(*fields, name="reduction")(width)
+            param_dtype, init = self.param_dtype, self.kernel_init
+            scale, offset = norm_weights(width, param_dtype=param_dtype, name="pre_norm")
+            kernel, _ = dense_weights(
+                width, features, use_bias=False, param_dtype=param_dtype, kernel_init=init, name="reduction"
+            )
             x = project_normed_patches(x, (2, 2), scale, offset, kernel, epsilon=_EPSILON)
             return axes.constrain_map(x, 2)
         x = to_patches(x, (2, 2), first_axis_fastest=True)
