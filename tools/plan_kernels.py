@@ -103,7 +103,8 @@ def kernel_of(instruction: Instruction, results: Mapping[str, str]) -> Kernel | 
         mosaic(base64.b64decode(call["body"])),
         tuple(array for spelt in operands for array in _arrays(spelt)),
         tuple(_arrays(instruction.result)),
-        json.dumps({"custom_call_config": call}),
+        # The second is how much fast memory it may have; 16 MiB without.
+        json.dumps({key: config[key] for key in ("custom_call_config", "scoped_memory_configs") if key in config}),
     )
 
 
