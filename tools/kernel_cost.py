@@ -58,13 +58,14 @@ class Size:
         return SwinBlock(self.heads, self.window, self.shift, dtype=jnp.bfloat16)
 
 
-# The stages of Swin-T at 224 pixels, the first of Swin V2 at 256, and windows of 12.
+# The stages of Swin-T at 224 pixels, the first of a Swin at 256, the third of Swin-B, and windows of 12.
 SIZES = (
     Size(56, 96, 3),
     Size(56, 96, 3, shifted=True),
     Size(28, 192, 6, shifted=True),
     Size(14, 384, 12, shifted=True),
     Size(64, 96, 3, window=8, shifted=True),
+    Size(14, 512, 16, shifted=True),
     Size(48, 128, 4, window=12, shifted=True),
 )
 
@@ -76,10 +77,12 @@ class Half:
     Attributes:
       side: of the map.
       features: of the map; the hidden layer has four times as many.
+      norm_first: see `nn.feed_forward.add_feed_forward`.
     """
 
     side: int
     features: int
+    norm_first: bool = True
 
     def layer(self) -> Any:
         """Return the module."""
@@ -90,30 +93,45 @@ class Half:
         from jaxlayers.nn.drop_path import DropPath
         from jaxlayers.nn.feed_forward import FeedForward, add_feed_forward
 
+        size = self
         norm = functools.partial(nn.LayerNorm, dtype=jnp.bfloat16)
         feed_forward = functools.partial(FeedForward, 4 * self.features, dtype=jnp.bfloat16)
 
         class Layer(nn.Module):
             @nn.compact
             def __call__(self, x: Any) -> Any:
-                return add_feed_forward(x, norm, feed_forward, DropPath(), names=(axes.BATCH, axes.HEIGHT, axes.WIDTH))
+                names = (axes.BATCH, axes.HEIGHT, axes.WIDTH)
+                return add_feed_forward(x, norm, feed_forward, DropPath(), norm_first=size.norm_first, names=names)
 
         return Layer()
 
 
-# The first stages of Swin-T, and the first of Swin-B.
-HALVES = (Half(56, 96), Half(28, 192), Half(14, 384), Half(56, 128))
+# The first stages of Swin-T, the first and the third of Swin-B, and the first stages of Swin V2-T at 256 pixels.
+HALVES = (
+    Half(56, 96),
+    Half(28, 192),
+    Half(14, 384),
+    Half(56, 128),
+    Half(14, 512),
+    Half(64, 96, norm_first=False),
+    Half(32, 192, norm_first=False),
+    Half(16, 384, norm_first=False),
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class Merge(Half):
+class Merge:
     """One row of the third table: maps halved by `PatchMerging`.
 
     Attributes:
+      side: of the map.
+      features: of the map.
       images: number of maps.
     """
 
-    images: int = IMAGES
+    side: int
+    features: int
+    images: int
 
     def layer(self) -> Any:
         """Return the module."""
@@ -129,7 +147,7 @@ MERGES = tuple(
 )
 
 
-def block_cycles(size: Size | Half, chip: str) -> dict[str, int]:
+def block_cycles(size: Size | Half | Merge, chip: str) -> dict[str, int]:
     """Return the cycles of a block's forward and backward pass.
 
     `jnp` are those of XLA alone, `pallas` those of what it compiles beside the kernels, `kernels` those of the kernels.
@@ -162,7 +180,7 @@ def block_cycles(size: Size | Half, chip: str) -> dict[str, int]:
     return found
 
 
-def measured(size: Size | Half, chip: str, python: str) -> dict[str, int]:
+def measured(size: Size | Half | Merge, chip: str, python: str) -> dict[str, int]:
     """Return what `block_cycles` does, in a process that has libtpu.
 
     Raises:
@@ -192,12 +210,13 @@ def row(size: Size, found: dict[str, int]) -> str:
     )
 
 
-def half_row(size: Half, found: dict[str, int]) -> str:
+def half_row(size: Half | Merge, found: dict[str, int]) -> str:
     """Return a row of the second table."""
     whole = found["pallas"] + found["kernels"]
     images = f"{size.images} of " if isinstance(size, Merge) else ""
+    last = "" if isinstance(size, Merge) or size.norm_first else ", norm last"
     return (
-        f"| {images}{size.side} x {size.side} x {size.features} | {found['jnp']:,} | {found['pallas']:,} "
+        f"| {images}{size.side} x {size.side} x {size.features}{last} | {found['jnp']:,} | {found['pallas']:,} "
         f"| {found['kernels']:,} | {found['jnp'] / whole:.2f} |"
     )
 

@@ -77,7 +77,7 @@ class Row:
 
 # By the TPU compiler's estimates, see docs/decisions/window_kernel.md; on no other platform is there a kernel.
 WINDOW_TABLE: tuple[Row, ...] = (Row("tpu", tokens=(49, 144), dim=(32, 32)),)
-BLOCK_TABLE: tuple[Row, ...] = (Row("tpu", tokens=(49, 64), dim=(32, 32), features=(96, 384)),)
+BLOCK_TABLE: tuple[Row, ...] = (Row("tpu", tokens=(49, 64), dim=(32, 32), features=(96, 512)),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,7 @@ EDGE_TABLE: tuple[EdgeRow, ...] = (EdgeRow("tpu", degree=(1, 1), outputs=(2400, 
 PATCH_TABLE: tuple[tuple[str, tuple[int, int], int], ...] = (("tpu", (96, 384), 1568),)
 
 # Features of a perceptron whose hidden layer is at most four times as wide, see docs/decisions/feed_forward_kernel.md.
-FEED_FORWARD_TABLE: tuple[tuple[str, tuple[int, int]], ...] = (("tpu", (96, 384)),)
+FEED_FORWARD_TABLE: tuple[tuple[str, tuple[int, int]], ...] = (("tpu", (96, 512)),)
 
 
 @contextlib.contextmanager

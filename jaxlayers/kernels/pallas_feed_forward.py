@@ -47,15 +47,16 @@ def residual_feed_forward(
     factor: Float[Array, "*batch"] | None = None,
     *,
     epsilon: float = 1e-6,
+    norm_first: bool = True,
     names: tuple[str | None, ...] = (axes.BATCH, axes.TOKENS),
 ) -> Float[Array, "*tokens features"]:
-    """Return x + f (gelu(norm(x) W_up + b_up) W_down + b_down), with the exact GELU.
+    """Return x + f (gelu(norm(x) W_up + b_up) W_down + b_down), or the norm at the end of the branch; GELU is exact.
 
     norm(x) = s (x - mean) / sqrt(variance + epsilon) + o over the features. Differentiable once, in reverse mode, with
-    respect to all but f; the norm, the hidden layer and all sums are in float32. s and o are multiplied into W_up and
-    b_up, in float32, before W_up is rounded to the dtype of `x`. In bfloat16 the GELU is within 6e-5. On CPU the
-    kernels are interpreted, which is slow and meant for tests. With a mesh in scope each device runs them on the tokens
-    that the logical rules give it.
+    respect to all but f; the norm, the hidden layer and all sums are in float32. A first norm's s and o are multiplied
+    into W_up and b_up, the mean of a last one is taken out of W_down and b_down, in float32, before these are rounded
+    to the dtype of `x`. In bfloat16 the GELU is within 6e-5. On CPU the kernels are interpreted, which is slow and
+    meant for tests. With a mesh in scope each device runs them on the tokens that the logical rules give it.
 
     Args:
       x: tokens, float32 or bfloat16.
@@ -67,6 +68,8 @@ def residual_feed_forward(
       down_bias: b_down.
       factor: f of each example, such as the factor of stochastic depth; its axes lead those of `x`; `None` = 1.
       epsilon: added to the variance.
+      norm_first: norm what enters the perceptron; False norms what leaves it, x + f norm(gelu(x W_up + b_up) W_down +
+        b_down).
       names: logical axes of the tokens, batch included, counted from the right.
 
     Returns:
@@ -92,8 +95,12 @@ def residual_feed_forward(
     scale, offset, up, up_bias, down, down_bias = (
         each.astype(jnp.float32) for each in (scale, offset, up, up_bias, down, down_bias)
     )
-    shift = jnp.sum(offset[:, None] * up, axis=0)
-    return _add(names, epsilon, x, factor, scale[:, None] * up, up_bias + shift, down, down_bias)
+    if norm_first:
+        shift = jnp.sum(offset[:, None] * up, axis=0)
+        return _add(names, epsilon, x, factor, scale[:, None] * up, up_bias + shift, down, down_bias)
+    down, down_bias = (each - jnp.mean(each, axis=-1, keepdims=True) for each in (down, down_bias))
+    # Twice, as a kernel multiplies by half the factor.
+    return _add(names, epsilon, x, factor, up, up_bias, down, down_bias, 2 * jnp.stack([scale, offset]))
 
 
 # Forward and backward, on all devices ---------------------------------------------------------------------------------
@@ -107,7 +114,7 @@ def _add(names: tuple[str | None, ...], epsilon: float, *operands: Any) -> Any:
 def _keep(names: tuple[str | None, ...], epsilon: float, *operands: Any) -> tuple[Any, Any]:
     split = _Split.of(names, operands[0].shape)
     forward = functools.partial(_forward, epsilon)
-    return split.on_devices(forward, split.operands(operands[1]), split.tokens)(*operands), operands
+    return split.on_devices(forward, split.operands(*operands), split.tokens)(*operands), operands
 
 
 def _return(names: tuple[str | None, ...], epsilon: float, kept: Any, gradient: Any) -> tuple[Any, ...]:
@@ -120,7 +127,7 @@ def _return(names: tuple[str | None, ...], epsilon: float, kept: Any, gradient: 
         over = tuple(name for each in split.leading for name in each)
         return of_x, *(jax.lax.psum(others, over) if over else others)
 
-    specs = split.operands(factor)
+    specs = split.operands(*kept)
     of_x, *others = split.on_devices(local, (*specs, split.tokens), (specs[0], *specs[2:]))(
         *kept, gradient.astype(x.dtype)
     )
@@ -156,10 +163,10 @@ class _Split:
     def tokens(self) -> PartitionSpec:
         return PartitionSpec(*(each or None for each in self.leading))
 
-    def operands(self, factor: Any) -> tuple[Any, ...]:
-        """Those of tokens, factor, and two weights with their biases, which every device has whole."""
+    def operands(self, x: Any, factor: Any, *weights: Any) -> tuple[Any, ...]:
+        """Those of tokens, factor, and weights, which every device has whole."""
         of_factor = None if factor is None else PartitionSpec(*self.tokens[: factor.ndim])
-        return self.tokens, of_factor, *(PartitionSpec(),) * 4
+        return self.tokens, of_factor, *(PartitionSpec(),) * len(weights)
 
     def on_devices(self, local: Callable[..., Any], in_specs: Sequence[Any], out_specs: Any) -> Callable[..., Any]:
         """Return `local` run by each device on its part of the operands."""
@@ -269,14 +276,14 @@ class _Layout:
           name: of the kernel.
           tokens: arrays like `x`.
           factor: one for each example, or `None`.
-          weights: both projections, each with its bias.
+          weights: both projections, each with its bias, and scale and offset of a last norm if there is one.
           gradients: results like the weights, in float32, follow, which all blocks add to, and the shared array.
           products: products with either projection, for the estimate of costs.
         """
         factor = jnp.ones(1, jnp.float32) if factor is None else factor.astype(jnp.float32).reshape(-1)
-        up, up_bias, down, down_bias = weights
+        up, up_bias, down, down_bias, *affine = weights
         dtype, shape = tokens[0].dtype, tokens[0].shape
-        weights = (up.astype(dtype), up_bias[None], down.astype(dtype), down_bias[None])
+        weights = (up.astype(dtype), up_bias[None], down.astype(dtype), down_bias[None], *affine)
         operands = (factor, *(x.reshape(self.slabs, self.tokens, self.features) for x in tokens), *weights)
         of_tokens = pl.BlockSpec((self.slab_block, self.tokens, self.features), lambda block: (block, 0, 0))
         of_weights = [pl.BlockSpec(x.shape, lambda block: (0, 0)) for x in weights]
@@ -307,60 +314,85 @@ class _Layout:
         return first.reshape(shape), *others
 
 
-def _forward(epsilon: float, x: Any, factor: Any, up: Any, up_bias: Any, down: Any, down_bias: Any) -> Any:
-    layout = _Layout.of(x, factor, up.shape[1])
+def _forward(epsilon: float, x: Any, factor: Any, *weights: Any) -> Any:
+    layout = _Layout.of(x, factor, weights[0].shape[1])
     dtype = x.dtype
 
-    def kernel(factor: Any, x: Any, up: Any, up_bias: Any, down: Any, down_bias: Any, out: Any) -> None:
-        normed = [_norm(rows, epsilon)[0].astype(dtype) for rows in layout.read(x)]
-        hidden = [_dot(rows, up[...], 1, 0) + up_bias[...] for rows in normed]
+    def kernel(factor: Any, x: Any, up: Any, up_bias: Any, down: Any, down_bias: Any, *refs: Any) -> None:
+        *affine, out = refs
+        entering = layout.read(x) if affine else [_norm(rows, epsilon)[0] for rows in layout.read(x)]
+        hidden = [_dot(rows.astype(dtype), up[...], 1, 0) + up_bias[...] for rows in entering]
         active = [(rows * _twice(rows, dtype)[0]).astype(dtype) for rows in hidden]
-        found = layout.slabs_of([_dot(rows, down[...], 1, 0) + 2 * down_bias[...] for rows in active])
+        doubled = [_dot(rows, down[...], 1, 0) + 2 * down_bias[...] for rows in active]
+        if affine:
+            scale, offset = affine[0][:1], affine[0][1:]
+            doubled = [_unit(rows, 4 * epsilon)[0] * scale + offset for rows in doubled]
+        found = layout.slabs_of(doubled)
         for index, (half, rows) in enumerate(zip(layout.factors(factor), found, strict=True)):
             out[index] = (_wide(x[index]) + half * rows).astype(dtype)
 
-    weights = (up, up_bias, down, down_bias)
     return layout.call(kernel, "residual_feed_forward", (x,), factor, weights, gradients=False, products=2)[0]
 
 
-def _backward(
-    epsilon: float, x: Any, factor: Any, up: Any, up_bias: Any, down: Any, down_bias: Any, gradient: Any
-) -> tuple[Any, ...]:
-    """Return the gradients of tokens, both projections and their biases."""
-    layout = _Layout.of(x, factor, up.shape[1])
-    dtype = x.dtype
+def _backward(epsilon: float, x: Any, factor: Any, *weights_and_gradient: Any) -> tuple[Any, ...]:
+    """Return the gradients of tokens, both projections and their biases, and a last norm's scale and offset."""
+    *weights, gradient = weights_and_gradient
+    layout = _Layout.of(x, factor, weights[0].shape[1])
+    dtype, norms_last = x.dtype, len(weights) > 4
 
-    def kernel(factor: Any, x: Any, gradient: Any, up: Any, up_bias: Any, down: Any, *results: Any) -> None:
-        _, by_x, by_up, by_up_bias, by_down, by_down_bias, by_down_turned = results
+    def kernel(
+        factor: Any, x: Any, gradient: Any, up: Any, up_bias: Any, down: Any, down_bias: Any, *results: Any
+    ) -> None:
+        affine, results = results[:norms_last], results[norms_last:]
+        by_x, by_up, by_up_bias, by_down, by_down_bias, *by_affine, by_down_turned = results
 
         @pl.when(pl.program_id(0) == 0)
         def start() -> None:
-            for ref in (by_up, by_up_bias, by_down_turned, by_down_bias):
+            for ref in (by_up, by_up_bias, by_down_turned, by_down_bias, *by_affine):
                 ref[...] = jnp.zeros_like(ref)
 
-        normed, deviations = zip(*(_norm(rows, epsilon) for rows in layout.read(x)), strict=True)
-        rounded = [rows.astype(dtype) for rows in normed]
+        def activated() -> tuple[Any, Any, Any]:
+            values, slopes = zip(*(_twice(rows, dtype) for rows in hidden), strict=True)
+            return values, slopes, [(rows * value).astype(dtype) for rows, value in zip(hidden, values, strict=True)]
+
+        entering: Sequence[Any] = layout.read(x)
+        if not norms_last:
+            entering, deviations = zip(*(_norm(rows, epsilon) for rows in entering), strict=True)
+        rounded = [rows.astype(dtype) for rows in entering]
+        # Of twice what the perceptron gives.
         halves = layout.read(gradient, layout.factors(factor))
+        hidden = [_dot(rows, up[...], 1, 0) + up_bias[...] for rows in rounded]
+        if norms_last:
+            values, slopes, active = activated()
+            doubled = [_dot(rows, down[...], 1, 0) + 2 * down_bias[...] for rows in active]
+            normed, inverses = zip(*(_unit(rows, 4 * epsilon) for rows in doubled), strict=True)
+            by_scale = _total([by * rows for by, rows in zip(halves, normed, strict=True)])
+            by_affine[0][...] += jnp.concatenate([by_scale, _total(halves)], axis=0)
+            by_normed = [by * affine[0][:1] for by in halves]
+            halves = [
+                inverse * (by - rows * _mean(by * rows))
+                for by, rows, inverse in zip(by_normed, normed, inverses, strict=True)
+            ]
         by_down_bias[...] += 2 * _total(halves)
         halves = [rows.astype(dtype) for rows in halves]
-        hidden = [_dot(rows, up[...], 1, 0) + up_bias[...] for rows in rounded]
         by_active = [_dot(rows, down[...], 1, 1) for rows in halves]
-        values, slopes = zip(*(_twice(rows, dtype) for rows in hidden), strict=True)
-        active = [(rows * value).astype(dtype) for rows, value in zip(hidden, values, strict=True)]
+        if not norms_last:
+            values, slopes, active = activated()
         by_hidden = [
             by * (value + rows * slope)
             for by, rows, value, slope in zip(by_active, hidden, values, slopes, strict=True)
         ]
         by_up_bias[...] += _total(by_hidden)
         by_hidden = [rows.astype(dtype) for rows in by_hidden]
-        by_normed = [_dot(rows, up[...], 1, 1) for rows in by_hidden]
+        found = [_dot(rows, up[...], 1, 1) for rows in by_hidden]
         # The narrow one of the two is turned, and the sum once at the end.
         by_up[...] += _summed(_dot(one, other, 0, 0) for one, other in zip(rounded, by_hidden, strict=True))
         by_down_turned[...] += _summed(_dot(one, other, 0, 0) for one, other in zip(halves, active, strict=True))
-        found = [
-            deviation * (by - _mean(by) - rows * _mean(by * rows))
-            for by, rows, deviation in zip(by_normed, normed, deviations, strict=True)
-        ]
+        if not norms_last:
+            found = [
+                deviation * (by - _mean(by) - rows * _mean(by * rows))
+                for by, rows, deviation in zip(found, entering, deviations, strict=True)
+            ]
         for index, rows in enumerate(layout.slabs_of(found)):
             by_x[index] = (_wide(gradient[index]) + rows).astype(dtype)
 
@@ -368,11 +400,12 @@ def _backward(
         def end() -> None:
             by_down[...] = by_down_turned[...].T
 
-    weights = (up, up_bias, down, down_bias)
-    of_x, of_up, of_up_bias, of_down, of_down_bias = layout.call(
-        kernel, "residual_feed_forward_backward", (x, gradient), factor, weights, gradients=True, products=5
+    name = "residual_feed_forward_backward"
+    products = 6 if norms_last else 5
+    of_x, of_up, of_up_bias, of_down, of_down_bias, *of_affine = layout.call(
+        kernel, name, (x, gradient), factor, weights, gradients=True, products=products
     )
-    return of_x, of_up, of_up_bias[0], of_down, of_down_bias[0]
+    return of_x, of_up, of_up_bias[0], of_down, of_down_bias[0], *of_affine
 
 
 # In a kernel ----------------------------------------------------------------------------------------------------------
@@ -410,6 +443,12 @@ def _norm(x: Any, epsilon: float) -> tuple[Any, Any]:
     centred = x - _mean(x)
     inverse = jax.lax.rsqrt(_mean(centred * centred) + epsilon)
     return centred * inverse, inverse
+
+
+def _unit(x: Any, epsilon: float) -> tuple[Any, Any]:
+    """Return the rows, whose mean is 0, with variance 1, and what they were multiplied by."""
+    inverse = jax.lax.rsqrt(_mean(x * x) + epsilon)
+    return x * inverse, inverse
 
 
 def _twice(hidden: Any, dtype: Any) -> tuple[Any, Any]:

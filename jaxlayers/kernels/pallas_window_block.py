@@ -38,6 +38,9 @@ _MEMORY = 64 * 2**20
 # Rows of ones below the heads' results, whose product with the gradient is that of the output's bias: a tile.
 _ONES = 16
 
+# Of the square of a length: shorter vectors have no direction.
+_SHORT = 1e-24
+
 # Of each cell: a head and a pair of windows.
 _Found = dict[tuple[int, int], Any]
 
@@ -51,11 +54,15 @@ def window_block(
     bias: Float[Array, "heads tokens tokens"],
     mask: Bool[Array, "*#grid tokens tokens"] | None = None,
     *,
+    scale: Float[Array, "heads"] | None = None,
     norm: tuple[Float[Array, "features"], Float[Array, "features"]] | None = None,
+    norm_first: bool = True,
     epsilon: float = 1e-5,
     names: tuple[str, ...] = (axes.WINDOWS,),
 ) -> Float[Array, "*windows tokens features"]:
     """Return softmax(Q K^T / sqrt(d) + B) V W_out + b_out of every window, with Q, K, V linear in norm(x).
+
+    With a scale t it is softmax(t cos(Q, K) + B) V W_out + b_out; the norm can be one of the result instead.
 
     Differentiable once, in reverse mode, with respect to all but the mask; sums and statistics are in float32, products
     of what is rounded to the dtype of `x`. On CPU the kernels are interpreted, which is slow and meant for tests. With
@@ -69,7 +76,9 @@ def window_block(
       out_shift: its bias b_out; `None` = none.
       bias: B, alike in every window.
       mask: true where a query (second axis) may attend to a key (last axis); each query may to at least one.
-      norm: scale and offset of a layer norm of the tokens; `None` = the tokens are projected as they are.
+      scale: t of each head; `None` = products, not cosines. A cosine with a vector of length 0 is 0.
+      norm: scale and offset of a layer norm; `None` = none.
+      norm_first: the norm is one of the tokens; else one of the result.
       epsilon: added to the norm's variances.
       names: logical axes of the windows, one or more, which the mask has too.
 
@@ -96,19 +105,25 @@ def window_block(
     blocked = None if mask is None else jnp.where(mask, 0, jnp.asarray(_BLOCKED, jnp.bfloat16))
 
     # The weights are powers of two, which are the unit's own; JAX differentiates what is folded into the projections.
-    factors = jnp.asarray([math.log2(math.e) * (inner // heads) ** -0.5, 1.0, 1.0], jnp.float32)
+    of_query = math.log2(math.e) * (inner // heads) ** -0.5 if scale is None else 1.0
+    factors = jnp.asarray([of_query, 1.0, 1.0], jnp.float32)
     weights = _wide(projections) * factors[:, None, None]
     columns = jnp.zeros((3, inner), jnp.float32) if shifts is None else _wide(shifts) * factors[:, None]
-    if norm is not None:
-        scale, offset = (_wide(each) for each in norm)
-        columns = columns + jnp.einsum("f,pfi->pi", offset, weights, precision="highest")
-        weights = weights * scale[:, None]
+    row = jnp.zeros(out.shape[1:], jnp.float32) if out_shift is None else _wide(out_shift)
+    affine = None if norm is None else jnp.stack([_wide(each) for each in norm])
+    if affine is not None and norm_first:
+        columns = columns + jnp.einsum("f,pfi->pi", affine[1], weights, precision="highest")
+        weights = weights * affine[0][:, None]
         # Tokens less their mean see no common part of a feature's weights, and then their gradient has no mean either.
         weights = weights - jnp.mean(weights, axis=1, keepdims=True)
+        affine = None
+    elif affine is not None:
+        # The result has then no mean to take out.
+        out, row = (_wide(each) - jnp.mean(_wide(each), axis=-1, keepdims=True) for each in (out, row))
     weights = jnp.swapaxes(weights, 1, 2).reshape(3 * inner, -1).astype(x.dtype)
-    row = jnp.zeros(out.shape[1:], jnp.float32) if out_shift is None else _wide(out_shift)
+    powers = None if scale is None else _wide(scale) * math.log2(math.e)
     operands = (weights, columns.reshape(-1), out.astype(x.dtype), row, _wide(bias) * math.log2(math.e))
-    return _block(names, None if norm is None else epsilon, x, *operands, blocked)
+    return _block(names, None if norm is None else epsilon, x, *operands, powers, affine, blocked)
 
 
 # Forward and backward, on all devices ---------------------------------------------------------------------------------
@@ -136,7 +151,8 @@ def _return(names: tuple[str, ...], epsilon: float | None, kept: Any, gradient: 
         return of_tokens, *(jax.lax.psum(shared, others) if others else shared)
 
     found = split.on_devices(local, (*specs, tokens), specs[:-1])(*kept, gradient.astype(kept[0].dtype))
-    return *(one.astype(x.dtype) for one, x in zip(found, kept[:-1], strict=True)), None
+    pairs = zip(found, kept[:-1], strict=True)
+    return *(None if x is None else one.astype(x.dtype) for one, x in pairs), None
 
 
 _block.defvjp(_keep, _return)
@@ -146,7 +162,7 @@ def _specs(split: _Split) -> tuple[PartitionSpec, tuple[PartitionSpec, ...]]:
     """Return how tokens are split, and how all operands are: tokens, what all windows share, masks."""
     leading = [each or None for each in split.leading]
     tokens = PartitionSpec(*leading)
-    return tokens, (tokens, *(PartitionSpec(),) * 5, PartitionSpec(*leading[-split.groups :]))
+    return tokens, (tokens, *(PartitionSpec(),) * 7, PartitionSpec(*leading[-split.groups :]))
 
 
 # On one device --------------------------------------------------------------------------------------------------------
@@ -166,6 +182,8 @@ class _Plan:
       masks: pairs that have masks of their own, as many as a block's or more; 0 = none.
       dtype: of the tokens.
       epsilon: of the norm; `None` = there is none.
+      cosine: scores are cosines times a scale of each head.
+      norms_last: the norm is one of the result.
     """
 
     pairs: int
@@ -177,9 +195,11 @@ class _Plan:
     masks: int
     dtype: Any
     epsilon: float | None
+    cosine: bool
+    norms_last: bool
 
     @classmethod
-    def of(cls, x: Any, bias: Any, out: Any, blocked: Any, epsilon: float | None) -> "_Plan":
+    def of(cls, x: Any, bias: Any, out: Any, blocked: Any, epsilon: float | None, scale: Any, affine: Any) -> "_Plan":
         """Return the plan for tokens `[windows, tokens, features]`."""
         windows, tokens, features = x.shape
         heads, pairs = len(bias), -(-windows // 2)
@@ -188,12 +208,18 @@ class _Plan:
         counts = (count for count in range(1, max(1, _MOST_CELLS // heads) + 1) if pairs % count == 0)
         pair_block = max(count for count in counts if not masks or masks % count == 0 or count % masks == 0)
         masks = masks and max(masks, pair_block)
-        return cls(pairs, tokens, features, heads, len(out) // heads, pair_block, masks, x.dtype, epsilon)
+        sizes = pairs, tokens, features, heads, len(out) // heads, pair_block, masks
+        return cls(*sizes, x.dtype, epsilon, scale is not None, affine is not None)
 
     @property
     def inner(self) -> int:
         """Features of all heads."""
         return self.heads * self.dim
+
+    @property
+    def norms_first(self) -> bool:
+        """The norm is one of the tokens."""
+        return self.epsilon is not None and not self.norms_last
 
     @property
     def keys(self) -> int:
@@ -214,6 +240,17 @@ class _Plan:
         """Return the transpose of `pack_bias`."""
         both = packed[..., :_SIDE] + packed[..., _SIDE:]
         return jnp.swapaxes(both[:, : self.tokens, : self.tokens], 1, 2)
+
+    def pack_rest(self, scale: Any, affine: Any) -> tuple[Any, ...]:
+        """Return the scales of cosines, a row a head, and a last norm's scale and offset, columns; those there are."""
+        rows = () if scale is None else (jnp.broadcast_to(scale[:, None, None], (self.heads, 1, 2 * _SIDE)),)
+        return rows + (() if affine is None else (jnp.stack([_columns(each) for each in affine]),))
+
+    def sorted_out(self, refs: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any], Sequence[Any]]:
+        """Return the references after the bias: to the scale, a last norm's weights, masks, each or none; results."""
+        ends = (self.cosine, self.cosine + self.norms_last)
+        last = ends[1] + bool(self.masks)
+        return refs[: ends[0]], refs[ends[0] : ends[1]], refs[ends[1] : last], refs[last:]
 
     def pack_masks(self, blocked: Any) -> Any:
         """Return masks as `[pairs, keys, 2 x queries]`."""
@@ -277,29 +314,44 @@ def _everywhere(shape: tuple[int, ...]) -> pl.BlockSpec:
 
 
 def _forward(
-    epsilon: float | None, x: Any, weights: Any, columns: Any, out: Any, out_shift: Any, bias: Any, blocked: Any
+    epsilon: float | None,
+    x: Any,
+    weights: Any,
+    columns: Any,
+    out: Any,
+    out_shift: Any,
+    bias: Any,
+    scale: Any,
+    affine: Any,
+    blocked: Any,
 ) -> Any:
     shape = x.shape
     x, blocked = (None if each is None else each.reshape(-1, *each.shape[-2:]) for each in (x, blocked))
-    plan = _Plan.of(x, bias, out, blocked, epsilon)
+    plan = _Plan.of(x, bias, out, blocked, epsilon, scale, affine)
 
     def kernel(dot: Any, x: Any, weights: Any, columns: Any, out: Any, out_shift: Any, bias: Any, *rest: Any) -> None:
-        *mask, result = rest
+        scale, affine, mask, (result,) = plan.sorted_out(rest)
         pairs = range(plan.pair_block)
         tokens, _ = _normed(plan, [_transposed(x, pair) for pair in pairs])
         projected = [dot(weights[...], z.astype(plan.dtype), 1, 0) + columns[...] for z in tokens]
         context: _Found = {}
         for cells in _cells(plan):
             query, key, value = (_heads(plan, projected, cells, part) for part in range(3))
+            if plan.cosine:
+                (query, _), (key, _) = _directions(query), _directions(key)
             scores = _scored(plan, dot, key, query)
-            chances = _softmax(plan, scores, cells, bias, mask)
+            chances = _softmax(scores, cells, bias, mask, scale)
             diagonals = [_halves(_filled(z)).astype(plan.dtype) for z in chances]
             for cell, z, y in zip(cells, value, diagonals, strict=True):
                 context[cell] = dot(z.astype(plan.dtype), y, 1, 0)
         columns_of = [_joined(plan, context, pair).astype(plan.dtype) for pair in pairs]
-        _write(plan, result, [dot(out[...], z, 1, 0) + out_shift[...] for z in columns_of])
+        found = [dot(out[...], z, 1, 0) + out_shift[...] for z in columns_of]
+        if plan.norms_last:
+            found = [y * affine[0][0] + affine[0][1] for y in _unit(plan.epsilon, found)[0]]
+        _write(plan, result, found)
 
     shared = (weights, _columns(columns), out.T, _columns(out_shift), plan.pack_bias(bias))
+    shared += plan.pack_rest(scale, affine)
     masks = () if blocked is None else (plan.pack_masks(blocked),)
     (result,) = plan.call(kernel, "window_block", (plan.pad(x),), shared, masks, (), products=2)
     return result[: len(x)].reshape(shape)
@@ -313,6 +365,8 @@ def _backward(
     out: Any,
     out_shift: Any,
     bias: Any,
+    scale: Any,
+    affine: Any,
     blocked: Any,
     gradient: Any,
 ) -> tuple[Any, ...]:
@@ -321,49 +375,103 @@ def _backward(
     x, blocked, gradient = (
         None if each is None else each.reshape(-1, *each.shape[-2:]) for each in (x, blocked, gradient)
     )
-    plan = _Plan.of(x, bias, out, blocked, epsilon)
+    plan = _Plan.of(x, bias, out, blocked, epsilon, scale, affine)
     inner, dtype = plan.inner, plan.dtype
 
     def kernel(
-        dot: Any, x: Any, gradient: Any, weights: Any, back: Any, columns: Any, out: Any, bias: Any, *rest: Any
+        dot: Any,
+        x: Any,
+        gradient: Any,
+        weights: Any,
+        back: Any,
+        columns: Any,
+        out: Any,
+        out_shift: Any,
+        bias: Any,
+        *rest: Any,
     ) -> None:
-        *mask, by_tokens, by_weights, by_columns, by_out, by_bias = rest
+        scale, affine, mask, (by_tokens, by_weights, by_columns, by_out, by_bias, *by_rest) = plan.sorted_out(rest)
+        by_scale, by_affine = by_rest[: plan.cosine], by_rest[plan.cosine :]
         pairs = range(plan.pair_block)
 
         @pl.when(pl.program_id(0) == 0)
         def _() -> None:
-            for ref in (by_weights, by_columns, by_out, by_bias):
+            for ref in (by_weights, by_columns, by_out, by_bias, *by_rest):
                 ref[...] = jnp.zeros_like(ref)
+
+        def scored(cells: Sequence[tuple[int, int]]) -> tuple[Any, ...]:
+            """Return queries, keys and values, the inverse lengths of both first, and their scores."""
+            query, key, value = (_heads(plan, projected, cells, part) for part in range(3))
+            inverses: tuple[Any, Any] = ((), ())
+            if plan.cosine:
+                (query, of_query), (key, of_key) = _directions(query), _directions(key)
+                inverses = (of_query, of_key)
+            return query, key, value, inverses, _scored(plan, dot, key, query)
+
+        def mixed(value: Sequence[Any], chances: Sequence[Any], cells: Sequence[tuple[int, int]]) -> _Found:
+            """Return what the weights make of the values, from both in the dtype of the products."""
+            return {cell: dot(z, y, 1, 0) for cell, z, y in zip(cells, value, chances, strict=True)}
 
         tokens, inverses = _normed(plan, [_transposed(x, pair) for pair in pairs])
         rounded = [z.astype(dtype) for z in tokens]
         projected = [dot(weights[...], z, 1, 0) + columns[...] for z in rounded]
-        gradients = [_rows(gradient, pair).astype(dtype) for pair in pairs]
-        by_context = [dot(out[...], z, 1, 1) for z in gradients]
         context: _Found = {}
+        known: dict[int, tuple[Any, ...]] = {}
+        if plan.norms_last:
+            # What is normed comes of all heads, and its gradient goes to all of them.
+            for number, cells in enumerate(_cells(plan)):
+                first = scored(cells)
+                known[number] = (*first, _softmax(first[-1], cells, bias, mask, scale))
+                diagonals = [_halves(_filled(z)).astype(dtype) for z in known[number][-1]]
+                context |= mixed([z.astype(dtype) for z in first[2]], diagonals, cells)
+            seen = [_joined(plan, context, pair).astype(dtype) for pair in pairs]
+            units, lengths = _unit(plan.epsilon, [dot(out[...], z, 0, 0) + out_shift[...] for z in seen])
+            received_by = [_transposed(gradient, pair) for pair in pairs]
+            by_affine[0][0] += functools.reduce(jnp.add, [y * z for y, z in zip(received_by, units, strict=True)])
+            by_affine[0][1] += functools.reduce(jnp.add, received_by)
+            by_units = [y * affine[0][0] for y in received_by]
+            common = [jnp.mean(y * z, axis=0, keepdims=True) for y, z in zip(by_units, units, strict=True)]
+            by_units = [r * (y - z * c) for r, y, z, c in zip(lengths, by_units, units, common, strict=True)]
+            by_units = [z.astype(dtype) for z in by_units]
+            gradients = [z.T for z in by_units]
+            by_context = [dot(out[...], z, 1, 0) for z in by_units]
+        else:
+            gradients = [_rows(gradient, pair).astype(dtype) for pair in pairs]
+            by_context = [dot(out[...], z, 1, 1) for z in gradients]
         by_query: _Found = {}
         by_key: _Found = {}
         by_value: _Found = {}
-        for cells in _cells(plan):
-            query, key, value = (_heads(plan, projected, cells, part) for part in range(3))
+        for number, cells in enumerate(_cells(plan)):
+            query, key, value, lengths_of, scores, *done = known.get(number) or scored(cells)
             received = _heads(plan, by_context, cells, 0)
-            scores, by_chances = _scored(plan, dot, key, query), _scored(plan, dot, value, received)
-            chances = _softmax(plan, scores, cells, bias, mask)
+            by_chances = _scored(plan, dot, value, received)
+            chances = done[0] if done else _softmax(scores, cells, bias, mask, scale)
             common = [jnp.sum(z * y, axis=0, keepdims=True) for z, y in zip(chances, by_chances, strict=True)]
             # But for the factor log(2), see below.
             by_scores = [z * (y - c) for z, y, c in zip(chances, by_chances, common, strict=True)]
             for head in sorted({head for head, _ in cells}):
-                same = [z for z, cell in zip(by_scores, cells, strict=True) if cell[0] == head]
-                by_bias[head] += functools.reduce(jnp.add, same)
+                same = [index for index, cell in enumerate(cells) if cell[0] == head]
+                by_bias[head] += functools.reduce(jnp.add, [by_scores[index] for index in same])
+                if plan.cosine:
+                    moments = [jnp.sum(by_scores[index] * scores[index], axis=0, keepdims=True) for index in same]
+                    by_scale[0][head] += functools.reduce(jnp.add, moments)
+            if plan.cosine:
+                by_scores = [z * (scale[0][head] * math.log(2)) for z, (head, _) in zip(by_scores, cells, strict=True)]
             chances, by_scores = ([_halves(_filled(z)).astype(dtype) for z in each] for each in (chances, by_scores))
+            directions = query, key
             query, key, value, received = ([z.astype(dtype) for z in each] for each in (query, key, value, received))
-            for found, side, square, axis in (
-                (context, value, chances, 0),
-                (by_query, key, by_scores, 0),
-                (by_key, query, by_scores, 1),
-                (by_value, received, chances, 1),
+            if not plan.norms_last:
+                context |= mixed(value, chances, cells)
+            for found, side, square, axis, direction, length in (
+                (by_query, key, by_scores, 0, directions[0], lengths_of[0]),
+                (by_key, query, by_scores, 1, directions[1], lengths_of[1]),
+                (by_value, received, chances, 1, (), ()),
             ):
-                found |= {cell: dot(z, y, 1, axis) for cell, z, y in zip(cells, side, square, strict=True)}
+                products = [dot(z, y, 1, axis) for z, y in zip(side, square, strict=True)]
+                if length:
+                    common = [jnp.sum(z * y, axis=0, keepdims=True) for z, y in zip(products, direction, strict=True)]
+                    products = [r * (z - y * c) for r, z, y, c in zip(length, products, direction, common, strict=True)]
+                found |= dict(zip(cells, products, strict=True))
         by_projected = [
             jnp.concatenate([_joined(plan, found, pair) for found in (by_query, by_key, by_value)], axis=0)
             for pair in pairs
@@ -375,20 +483,24 @@ def _backward(
         ones = jnp.ones((_ONES, 2 * _SIDE), dtype)
         seen = [jnp.concatenate([_joined(plan, context, pair).astype(dtype), ones], axis=0) for pair in pairs]
         by_out[...] += dot(jnp.concatenate(seen, axis=1), jnp.concatenate(gradients, axis=0), 1, 0)
-        if plan.epsilon is not None:
+        if plan.norms_first:
             common = [jnp.mean(z * y, axis=0, keepdims=True) for z, y in zip(by_rows, tokens, strict=True)]
             by_rows = [r * (z - y * c) for r, z, y, c in zip(inverses, by_rows, tokens, common, strict=True)]
         _write(plan, by_tokens, by_rows)
 
     # Of the factor log(2) of powers of two, the gradients of queries and keys are free until here.
-    factors = jnp.repeat(jnp.asarray([math.log(2), math.log(2), 1.0], jnp.float32), inner)
+    free = 1.0 if plan.cosine else math.log(2)
+    factors = jnp.repeat(jnp.asarray([free, free, 1.0], jnp.float32), inner)
     back = (_wide(weights) * factors[:, None]).astype(dtype).T
-    shared = (weights, back, _columns(columns), out, plan.pack_bias(bias))
+    shared = (weights, back, _columns(columns), out, _columns(out_shift), plan.pack_bias(bias))
+    rest = plan.pack_rest(scale, affine)
     masks = () if blocked is None else (plan.pack_masks(blocked),)
-    shapes = (weights.shape, (3 * inner, 2 * _SIDE), (inner + _ONES, plan.features), shared[-1].shape)
-    of_tokens, of_weights, of_columns, of_out, of_bias = plan.call(
-        kernel, "window_block_backward", (plan.pad(x), plan.pad(gradient)), shared, masks, shapes, products=5
+    shapes = [weights.shape, (3 * inner, 2 * _SIDE), (inner + _ONES, plan.features), shared[-1].shape]
+    shapes += [each.shape for each in rest]
+    of_tokens, of_weights, of_columns, of_out, of_bias, *of_rest = plan.call(
+        kernel, "window_block_backward", (plan.pad(x), plan.pad(gradient)), shared + rest, masks, shapes, products=5
     )
+    of_scale = math.log(2) * jnp.sum(of_rest[0], axis=(1, 2)) if plan.cosine else None
     return (
         of_tokens[: len(x)].reshape(shape),
         of_weights * factors[:, None],
@@ -396,6 +508,8 @@ def _backward(
         of_out[:inner],
         of_out[inner],
         plan.unpack_bias(of_bias) * math.log(2),
+        of_scale,
+        jnp.sum(of_rest[-1], axis=2) if plan.norms_last else None,
     )
 
 
@@ -437,10 +551,10 @@ def _transposed(ref: Any, pair: int) -> Any:
 
 def _normed(plan: _Plan, tokens: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     """Return tokens `[features, 2 x 64]` normed over their features, and the inverse deviations."""
-    if plan.epsilon is None:
+    if not plan.norms_first:
         return list(tokens), []
     tokens = [x - jnp.mean(x, axis=0, keepdims=True) for x in tokens]
-    inverses = [jax.lax.rsqrt(jnp.mean(x * x, axis=0, keepdims=True) + plan.epsilon) for x in tokens]
+    inverses = [jax.lax.rsqrt(jnp.mean(x * x, axis=0, keepdims=True) + (plan.epsilon or 0)) for x in tokens]
     return [x * r for x, r in zip(tokens, inverses, strict=True)], inverses
 
 
@@ -470,10 +584,25 @@ def _scored(plan: _Plan, dot: Any, keys: Sequence[Any], queries: Sequence[Any]) 
     ]
 
 
+def _directions(x: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """Return columns of length 1, and the inverse lengths; of columns that are 0, zeros."""
+    squares = [jnp.sum(y * y, axis=0, keepdims=True) for y in x]
+    inverses = [jnp.where(z > _SHORT, jax.lax.rsqrt(jnp.maximum(z, _SHORT)), 0.0) for z in squares]
+    return [y * r for y, r in zip(x, inverses, strict=True)], inverses
+
+
+def _unit(epsilon: float | None, x: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """Return columns whose mean is 0 with variance 1, and the inverse deviations."""
+    inverses = [jax.lax.rsqrt(jnp.mean(y * y, axis=0, keepdims=True) + (epsilon or 0)) for y in x]
+    return [y * r for y, r in zip(x, inverses, strict=True)], inverses
+
+
 def _softmax(
-    plan: _Plan, scores: Sequence[Any], cells: Sequence[tuple[int, int]], bias: Any, mask: Sequence[Any]
+    scores: Sequence[Any], cells: Sequence[tuple[int, int]], bias: Any, mask: Sequence[Any], scale: Sequence[Any]
 ) -> list[Any]:
-    """Return the weights of each cell, whose sum over keys is one, from scores in powers of two."""
+    """Return the weights of each cell, whose sum over keys is one, from scores in powers of two, or cosines."""
+    if scale:
+        scores = [x * scale[0][head] for x, (head, _) in zip(scores, cells, strict=True)]
     scores = [x + bias[head] for x, (head, _) in zip(scores, cells, strict=True)]
     if mask:
         scores = [x + _wide(mask[0][pair]) for x, (_, pair) in zip(scores, cells, strict=True)]

@@ -13,7 +13,7 @@ from jaxlayers.core.initializers import truncated_normal, zeros
 from jaxlayers.core.types import ActivationFn, Dtype, Initializer
 from jaxlayers.kernels import dispatch
 from jaxlayers.nn.drop_path import DropPath
-from jaxlayers.nn.weights import dense_weights, norm_weights
+from jaxlayers.nn.weights import dense_weights, norm_weights, plain_norm
 
 exact_gelu = functools.partial(nn.gelu, approximate=False)
 
@@ -111,10 +111,13 @@ def add_feed_forward(
     drop_path: DropPath,
     drop_path_rate: Float[Array, ""] | None = None,
     *,
+    norm_first: bool = True,
     names: tuple[str | None, ...],
     deterministic: bool = True,
 ) -> Float[Array, "*tokens features"]:
     """Return x + drop(MLP(norm(x))), the second half of a block, in whose compact method this is called.
+
+    With `norm_first=False` it is x + drop(norm(MLP(x))).
 
     Its submodules there are `norm2` and `feed_forward`. One Pallas kernel computes all of it where the scope chooses so
     (`kernels.dispatch`): with a `flax.linen.LayerNorm`, an exact GELU and no dropout, in the dtype of `x`. Parameters
@@ -126,55 +129,38 @@ def add_feed_forward(
       feed_forward: makes the perceptron, called alike.
       drop_path: of the branch.
       drop_path_rate: replaces its field; may be traced.
+      norm_first: see above.
       names: logical axes of the tokens, batch included, counted from the right.
       deterministic: no dropout, no dropped branches.
 
     Returns:
       Tokens like `x`.
     """
-    if _serves(x, norm, feed_forward, deterministic):
+    affine = plain_norm(norm, x)
+    if affine is not None and _serves(x, feed_forward, deterministic):
         # It takes over a second to import.
         from jaxlayers.kernels import pallas_feed_forward
 
-        affine, fields = norm(parent=None), feed_forward(parent=None)
-        scale, offset = norm_weights(
-            x.shape[-1],
-            param_dtype=affine.param_dtype,
-            scale_init=affine.scale_init,
-            bias_init=affine.bias_init,
-            name="norm2",
-        )
+        fields = feed_forward(parent=None)
+        scale, offset = norm_weights(x.shape[-1], affine, name="norm2")
         weights: tuple[Any, Any, Any, Any] = _FeedForward(
             fields.hidden_features, fields.param_dtype, fields.kernel_init, fields.bias_init, name="feed_forward"
         )(x)
         factor = drop_path.factor(x.shape[: drop_path.batch_ndim], drop_path_rate, deterministic=deterministic)
         return pallas_feed_forward.residual_feed_forward(
-            x, scale, offset, *weights, factor, epsilon=affine.epsilon, names=names
+            x, scale, offset, *weights, factor, epsilon=affine.epsilon, norm_first=norm_first, names=names
         )
-    y = feed_forward(name="feed_forward")(norm(name="norm2")(x), deterministic=deterministic)
+    y = norm(name="norm2")(x) if norm_first else x
+    y = feed_forward(name="feed_forward")(y, deterministic=deterministic)
+    y = y if norm_first else norm(name="norm2")(y)
     return x + drop_path(y, drop_path_rate, deterministic=deterministic)
 
 
-def _serves(x: Array, norm: Callable[..., Any], feed_forward: Callable[..., FeedForward], deterministic: bool) -> bool:
-    """Return whether the scope chooses the kernel, and it computes what these make."""
-    if not isinstance(norm, functools.partial) or norm.func is not nn.LayerNorm:
-        return False
-    found, fields = norm(parent=None), feed_forward(parent=None)
-    plain = nn.LayerNorm(
-        epsilon=found.epsilon,
-        dtype=found.dtype,
-        param_dtype=found.param_dtype,
-        scale_init=found.scale_init,
-        bias_init=found.bias_init,
-        parent=None,
-    )
-    dtypes = {
-        jnp.dtype(nn.dtypes.canonicalize_dtype(x, jnp.zeros((), each.param_dtype), dtype=each.dtype))
-        for each in (found, fields)
-    }
+def _serves(x: Array, feed_forward: Callable[..., FeedForward], deterministic: bool) -> bool:
+    """Return whether the scope chooses the kernel, and it computes the perceptron that is made."""
+    fields = feed_forward(parent=None)
     return (
-        found == plain
-        and dtypes == {x.dtype}
+        nn.dtypes.canonicalize_dtype(x, jnp.zeros((), fields.param_dtype), dtype=fields.dtype) == x.dtype
         and fields.use_bias
         and fields.hidden_features > 0
         and fields.activation_fn is exact_gelu

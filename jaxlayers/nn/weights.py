@@ -1,6 +1,11 @@
 """Parameters of layers that a kernel computes together with others, named as the layers alone would have them."""
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import flax.linen as nn
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxlayers.core.types import Dtype, Initializer
@@ -32,24 +37,41 @@ def dense_weights(
     return found["kernel"], found.get("bias")
 
 
-def norm_weights(
-    features: int,
-    *,
-    param_dtype: Dtype,
-    scale_init: Initializer = nn.initializers.ones,
-    bias_init: Initializer = nn.initializers.zeros,
-    name: str,
-) -> tuple[Array, Array]:
-    """Return scale and bias `[features]` of the `flax.linen.LayerNorm` of that name, in a compact method.
+def plain_norm(norm: Callable[..., Any], x: Array) -> nn.LayerNorm | None:
+    """Return the `flax.linen.LayerNorm` that a maker of norms makes, for a kernel that computes it.
+
+    Args:
+      norm: makes the norm.
+      x: what is normed.
+
+    Returns:
+      The norm if it has scale and bias, norms the features of `x` in its dtype and does nothing else; else `None`.
+    """
+    if not isinstance(norm, functools.partial) or norm.func is not nn.LayerNorm:
+        return None
+    found: nn.LayerNorm = norm(parent=None)
+    plain = nn.LayerNorm(
+        epsilon=found.epsilon,
+        dtype=found.dtype,
+        param_dtype=found.param_dtype,
+        scale_init=found.scale_init,
+        bias_init=found.bias_init,
+        parent=None,
+    )
+    dtype = nn.dtypes.canonicalize_dtype(x, jnp.zeros((), found.param_dtype), dtype=found.dtype)
+    return found if found == plain and dtype == x.dtype else None
+
+
+def norm_weights(features: int, norm: nn.LayerNorm, *, name: str) -> tuple[Array, Array]:
+    """Return scale and bias `[features]` of a `plain_norm` of that name, in a compact method.
 
     Args:
       features: width of its input.
-      param_dtype: dtype of both.
-      scale_init: initialiser of the scale.
-      bias_init: initialiser of the bias.
+      norm: the norm; it has no name and no parent.
       name: of the layer.
     """
-    found = _Layer({"scale": (scale_init, (features,)), "bias": (bias_init, (features,))}, param_dtype, name=name)()
+    parameters: dict[str, Any] = {"scale": (norm.scale_init, (features,)), "bias": (norm.bias_init, (features,))}
+    found = _Layer(parameters, norm.param_dtype, name=name)()
     return found["scale"], found["bias"]
 
 

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
+from jaxlayers.core.types import Dtype
+
 
 def to_blocks(x: Shaped[Array, "*axes features"], block: Sequence[int]) -> Shaped[Array, "*axes_and_block features"]:
     """Cut the spatial axes of `x` into blocks: `[*batch, *size, features]` to `[*batch, *grid, *block, features]`.
@@ -65,6 +67,41 @@ def to_patches(
     return blocks.reshape(*blocks.shape[: -1 - rank], math.prod(patch) * features)
 
 
+def project_patches(
+    x: Float[Array, "*batch height width features"],
+    patch: tuple[int, int],
+    kernel: Float[Array, "patch_features out"],
+    *,
+    dtype: Dtype | None = None,
+) -> Float[Array, "*batch new_height new_width out"]:
+    """Return p W of the patches p of a map, whose pixels have the first axis fastest, without making them.
+
+    It is a convolution of the map with a stride of a patch: moving the pixels into the features, where these do not
+    fill the lanes of a TPU, costs more there than everything else.
+
+    Args:
+      x: map; the patch divides it.
+      patch: size of a patch.
+      kernel: W, of the dtype of `x`.
+      dtype: of the result; `None` = that of `x`.
+
+    Raises:
+      ValueError: if the patch does not divide the map.
+    """
+    *batch, height, width, features = x.shape
+    if height % patch[0] or width % patch[1]:
+        raise ValueError(f"map of {(height, width)} must be a multiple of patch={patch}; pad it")
+    product = jax.lax.conv_general_dilated(
+        x.reshape(-1, height, width, features),
+        kernel.reshape(patch[1], patch[0], features, -1).swapaxes(0, 1),
+        patch,
+        "VALID",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        preferred_element_type=dtype,
+    )
+    return product.reshape(*batch, height // patch[0], width // patch[1], -1)
+
+
 def project_normed_patches(
     x: Float[Array, "*batch height width features"],
     patch: tuple[int, int],
@@ -77,8 +114,7 @@ def project_normed_patches(
     """Return LayerNorm(p) W of the patches p of a map, whose pixels have the first axis fastest, without making them.
 
     It is r (p * (g W) - m sum(g W)) + b W, with mean m and r = 1 / sqrt(var + epsilon) of each patch, and the product
-    with g W a convolution of the map with a stride of a patch: moving the pixels into the features, where these do not
-    fill the lanes of a TPU, costs more there than everything else. Statistics and sums are in float32.
+    with g W that of `project_patches`. Statistics and sums are in float32.
 
     Args:
       x: map; the patch divides it.
@@ -94,31 +130,22 @@ def project_normed_patches(
     Raises:
       ValueError: if the patch does not divide the map.
     """
-    *batch, height, width, features = x.shape
-    if height % patch[0] or width % patch[1]:
-        raise ValueError(f"map of {(height, width)} must be a multiple of patch={patch}; pad it")
-    grid, count = (height // patch[0], width // patch[1]), features * math.prod(patch)
+    weights = (scale.astype(jnp.float32)[:, None] * kernel.astype(jnp.float32)).astype(x.dtype)
+    product = project_patches(x, patch, weights, dtype=jnp.float32)
+    grid, count = product.shape[-3:-1], x.shape[-1] * math.prod(patch)
 
     def mean(each: Array) -> Array:
         """Return the mean over each patch of what is summed over features."""
-        return each.reshape(-1, grid[0], patch[0], grid[1], patch[1]).sum((2, 4))[..., None] / count
+        blocks = each.reshape(*each.shape[:-2], grid[0], patch[0], grid[1], patch[1])
+        return blocks.sum((-3, -1))[..., None] / count
 
     wide = x.astype(jnp.float32)
     centre = mean(wide.sum(-1))
     variance = jnp.maximum(mean(jnp.square(wide).sum(-1)) - jnp.square(centre), 0)
-    weights = (scale.astype(jnp.float32)[:, None] * kernel.astype(jnp.float32)).astype(x.dtype)
-    product = jax.lax.conv_general_dilated(
-        x.reshape(-1, height, width, features),
-        weights.reshape(patch[1], patch[0], features, -1).swapaxes(0, 1),
-        patch,
-        "VALID",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        preferred_element_type=jnp.float32,
-    )
     # Sums of the rounded weights, so that a constant that is added to a patch goes out exactly.
     product = (product - centre * weights.astype(jnp.float32).sum(0)) * jax.lax.rsqrt(variance + epsilon)
     product += offset.astype(jnp.float32) @ kernel.astype(jnp.float32)
-    return product.astype(x.dtype).reshape(*batch, *grid, -1)
+    return product.astype(x.dtype)
 
 
 def from_patches(

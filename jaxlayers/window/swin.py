@@ -31,15 +31,14 @@ from jaxlayers.nn.feed_forward import FeedForward, add_feed_forward
 from jaxlayers.nn.learned_table import learned_table
 from jaxlayers.nn.multi_head import attention_weights, merge_heads, split_heads
 from jaxlayers.nn.patch_embed import PatchEmbed
-from jaxlayers.nn.weights import dense_weights, norm_weights
+from jaxlayers.nn.weights import dense_weights, norm_weights, plain_norm
 from jaxlayers.nn.window_maps import add_windows, cut_and_keep, cut_windows, join_windows
 from jaxlayers.ops.halo import map_split, window_mask, window_names
 from jaxlayers.ops.patches import pad_to_multiple, project_normed_patches, split_shape, to_patches
 from jaxlayers.ops.resample import resample_patch_kernel, resample_relative_table
 from jaxlayers.ops.windows import fit_window, relative_position_bias
 
-_EPSILON = 1e-5
-layer_norm = functools.partial(nn.LayerNorm, epsilon=_EPSILON)
+layer_norm = functools.partial(nn.LayerNorm, epsilon=1e-5)
 
 # One pair (height, width), the same along each axis, or one pair a stage.
 WindowSize = int | tuple[int, ...] | tuple[tuple[int, int], ...]
@@ -130,7 +129,7 @@ class WindowAttention(nn.Module):
         mask: Bool[Array, "*#grid tokens tokens"] | None = None,
         *,
         window: tuple[int, ...] | None = None,
-        norm: tuple[Array, Array] | None = None,
+        norm: tuple[Array, Array, float] | None = None,
         names: tuple[str, ...] = (axes.WINDOWS,),
         deterministic: bool = True,
     ) -> Float[Array, "*batch windows tokens features"]:
@@ -140,8 +139,8 @@ class WindowAttention(nn.Module):
           x: tokens of each window in row-major order.
           mask: true where a query (second axis) may attend to a key (last axis); each query to at least one.
           window: the window in use, at most `window_size` along each axis; `None` takes `window_size`.
-          norm: scale and offset of a `layer_norm` of the tokens, only where `kernels.dispatch.block_kernel` takes the
-            kernel that computes it too; `None` = the tokens are used as they are.
+          norm: scale, offset and epsilon of a layer norm of the tokens, only where `kernels.dispatch.block_kernel`
+            takes the kernel that computes it too; `None` = the tokens are used as they are.
           names: logical axes of the windows (last), one or, where they are split over devices, one for each axis
             of the map; `mask` then has as many.
           deterministic: no dropout.
@@ -195,8 +194,8 @@ class WindowAttention(nn.Module):
                 out_shift,
                 bias,
                 mask,
-                norm=norm,
-                epsilon=_EPSILON,
+                norm=None if norm is None else norm[:2],
+                epsilon=0.0 if norm is None else norm[2],
                 names=names,
             )
         if norm is not None:
@@ -346,9 +345,11 @@ class SwinBlock(nn.Module):
         split = map_split(x.shape, window)
         # The kernel norms tokens of windows, of which padding would be some.
         whole = all(length % step == 0 for length, step in zip(size, window, strict=True))
-        fused = whole and self._norms_in_kernel(x, math.prod(window), deterministic)
-        given = norm_weights(features, param_dtype=self.param_dtype, name="norm1") if fused else None
-        if fused:
+        rate = 0.0 if deterministic else self.attention_dropout_rate
+        affine = plain_norm(norm, x) if whole else None
+        tokens, given = math.prod(window), None
+        if affine is not None and dispatch.block_kernel(tokens, self.num_heads, features, x.dtype, rate) == "pallas":
+            given = (*norm_weights(features, affine, name="norm1"), affine.epsilon)
             y, x = cut_and_keep(x, window, amount, split)
         else:
             y = cut_windows(norm(name="norm1")(x), window, amount, split)
@@ -379,13 +380,6 @@ class SwinBlock(nn.Module):
         names = (axes.BATCH, *axes.SPACE[len(full_window)])
         x = add_feed_forward(x, norm, feed_forward, drop_path, drop_path_rate, names=names, deterministic=deterministic)
         return axes.constrain_map(x, len(full_window))
-
-    def _norms_in_kernel(self, x: Array, tokens: int, deterministic: bool) -> bool:
-        """Return whether the kernel of the attention computes the norm before it, of tokens as they are."""
-        dtype = nn.dtypes.canonicalize_dtype(x, jnp.zeros((), self.param_dtype), dtype=self.dtype)
-        dropout_rate = 0.0 if deterministic else self.attention_dropout_rate
-        kernel = dispatch.block_kernel(tokens, self.num_heads, x.shape[-1], dtype, dropout_rate)
-        return self.norm is layer_norm and x.dtype == dtype and kernel == "pallas"
 
 
 class PatchMerging(nn.Module):
@@ -448,16 +442,16 @@ class PatchMerging(nn.Module):
             raise ValueError(f"features={self.features} must be positive; set features or leave it None")
         dtype = nn.dtypes.canonicalize_dtype(x, jnp.zeros((), self.param_dtype), dtype=self.dtype)
         patches = x.size // width
-        if self.norm is layer_norm and x.dtype == dtype and dispatch.convolves_patches(patches, width // 4, dtype):
-            param_dtype, init = self.param_dtype, self.kernel_init
-            scale, offset = norm_weights(width, param_dtype=param_dtype, name="pre_norm")
-            kernel, _ = dense_weights(
-                width, features, use_bias=False, param_dtype=param_dtype, kernel_init=init, name="reduction"
-            )
-            x = project_normed_patches(x, (2, 2), scale, offset, kernel, epsilon=_EPSILON)
+        norm = functools.partial(self.norm, dtype=self.dtype, param_dtype=self.param_dtype)
+        affine = plain_norm(norm, x)
+        if affine is not None and dispatch.convolves_patches(patches, width // 4, dtype):
+            init: dict[str, Any] = {"param_dtype": self.param_dtype, "kernel_init": self.kernel_init}
+            scale, offset = norm_weights(width, affine, name="pre_norm")
+            kernel, _ = dense_weights(width, features, use_bias=False, **init, name="reduction")
+            x = project_normed_patches(x, (2, 2), scale, offset, kernel, epsilon=affine.epsilon)
             return axes.constrain_map(x, 2)
         x = to_patches(x, (2, 2), first_axis_fastest=True)
-        x = self.norm(dtype=self.dtype, param_dtype=self.param_dtype, name="pre_norm")(x)
+        x = norm(name="pre_norm")(x)
         x = nn.Dense(
             features,
             use_bias=False,

@@ -25,12 +25,13 @@ from jaxlayers.core.safe import safe_normalize
 from jaxlayers.core.types import Dtype, Initializer, Params
 from jaxlayers.kernels import dispatch
 from jaxlayers.nn.drop_path import DropPath, drop_path_rates
-from jaxlayers.nn.feed_forward import FeedForward
+from jaxlayers.nn.feed_forward import FeedForward, add_feed_forward
 from jaxlayers.nn.multi_head import attention_weights, merge_heads, split_heads
 from jaxlayers.nn.patch_embed import PatchEmbed
-from jaxlayers.nn.window_maps import cut_windows, join_windows
+from jaxlayers.nn.weights import dense_weights, norm_weights, plain_norm
+from jaxlayers.nn.window_maps import add_windows, cut_and_keep, join_windows
 from jaxlayers.ops.halo import map_split, window_mask, window_names
-from jaxlayers.ops.patches import pad_to_multiple, split_shape, to_patches
+from jaxlayers.ops.patches import pad_to_multiple, project_patches, split_shape, to_patches
 from jaxlayers.ops.windows import fit_window, relative_position_bias
 from jaxlayers.window import swin
 from jaxlayers.window.swin import WindowSize, layer_norm
@@ -208,6 +209,7 @@ class CosineWindowAttention(nn.Module):
         x: Float[Array, "*batch windows tokens features"],
         mask: Bool[Array, "*#grid tokens tokens"] | None = None,
         *,
+        norm: tuple[Array, Array, float] | None = None,
         names: tuple[str, ...] = (axes.WINDOWS,),
         deterministic: bool = True,
     ) -> Float[Array, "*batch windows tokens features"]:
@@ -216,6 +218,8 @@ class CosineWindowAttention(nn.Module):
         Args:
           x: tokens of each window in row-major order.
           mask: true where a query (second axis) may attend to a key (last axis); each query to at least one.
+          norm: scale, offset and epsilon of a layer norm of the result, only where `kernels.dispatch.block_kernel`
+            takes the kernel that computes it too; `None` = the result stays as it is.
           names: logical axes of the windows (last), one or, where they are split over devices, one for each axis
             of the map; `mask` then has as many.
           deterministic: no dropout.
@@ -242,21 +246,49 @@ class CosineWindowAttention(nn.Module):
             "bias_init": self.bias_init,
         }
         dense = functools.partial(nn.Dense, features, dtype=self.dtype, **init)
-        query, key = (
-            dense(use_bias=with_bias, name=name)(x) for name, with_bias in (("query", self.use_bias), ("key", False))
-        )
-        wide = at_least_float32(query.dtype)
+        dtype = nn.dtypes.canonicalize_dtype(x, jnp.zeros((), self.param_dtype), dtype=self.dtype)
+        wide = at_least_float32(dtype)
         offsets = jnp.asarray(relative_offsets(window, self.pretrained_window_size), wide)
         table = ContinuousPositionBias(self.num_heads, name="position_bias", **init)(offsets)
         bias = axes.constrain(relative_position_bias(table, window).astype(wide), axes.HEADS, None, None)
         tau = self.param("logit_scale", constant(math.log(10.0)), (self.num_heads,), self.param_dtype)
         scale = jnp.exp(jnp.minimum(tau.astype(wide), _MAX_LOGIT_SCALE))
+        dropout_rate = 0.0 if deterministic else self.attention_dropout_rate
+        if dispatch.block_kernel(x.shape[-2], self.num_heads, features, dtype, dropout_rate) == "pallas":
+            # It takes over a second to import.
+            from jaxlayers.kernels import pallas_window_block
+
+            has_bias = {"query": self.use_bias, "key": False, "value": self.use_bias, "out": True}
+            *found, (out, out_shift) = (
+                dense_weights(features, features, use_bias=given, **init, name=name) for name, given in has_bias.items()
+            )
+            rows = [jnp.zeros(features, self.param_dtype) if row is None else row for _, row in found]
+            return pallas_window_block.window_block(
+                x.astype(dtype),
+                jnp.stack([kernel for kernel, _ in found]),
+                jnp.stack(rows),
+                out,
+                out_shift,
+                bias,
+                mask,
+                scale=scale,
+                norm=None if norm is None else norm[:2],
+                norm_first=False,
+                epsilon=0.0 if norm is None else norm[2],
+                names=names,
+            )
+        if norm is not None:
+            raise ValueError(
+                f"norm={norm} must be None where dispatch takes no kernel that computes it; norm the result"
+            )
+        query, key = (
+            dense(use_bias=with_bias, name=name)(x) for name, with_bias in (("query", self.use_bias), ("key", False))
+        )
 
         def normed(x: Array) -> Array:
             # Padding is zero, and so is its key: a norm with a gradient there is needed.
             return safe_normalize(x.astype(wide)).astype(x.dtype)
 
-        dropout_rate = 0.0 if deterministic else self.attention_dropout_rate
         if dispatch.window_kernel(x.shape[-2], features // self.num_heads, query.dtype, dropout_rate) == "pallas":
             # It takes over a second to import.
             from jaxlayers.kernels import pallas_window
@@ -409,6 +441,13 @@ class SwinV2Block(nn.Module):
         drop_path = DropPath(self.drop_path_rate, batch_ndim=len(batch))
 
         split = map_split(x.shape, window)
+        y, x = cut_and_keep(x, window, amount, split)
+        rate = 0.0 if deterministic else self.attention_dropout_rate
+        # What is dropped out of the result is so before the norm.
+        affine = plain_norm(norm, x) if deterministic or not self.dropout_rate else None
+        tokens, given = math.prod(window), None
+        if affine is not None and dispatch.block_kernel(tokens, self.num_heads, features, x.dtype, rate) == "pallas":
+            given = (*norm_weights(features, affine, name="norm1"), affine.epsilon)
         y = CosineWindowAttention(
             self.num_heads,
             window_size=window,
@@ -417,19 +456,33 @@ class SwinV2Block(nn.Module):
             name="attention",
             **common,
         )(
-            cut_windows(x, window, amount, split),
+            y,
             window_mask(size, window, amount, split, mask_padding=self.mask_padding),
+            norm=given,
             names=window_names(split),
             deterministic=deterministic,
         )
-        y = join_windows(y, size, window, amount, split)
-        y = norm(name="norm1")(nn.Dropout(self.dropout_rate)(y, deterministic=deterministic))
-        x = axes.constrain_map(x + drop_path(y, drop_path_rate, deterministic=deterministic), rank)
+        if deterministic or not self.dropout_rate:
+            y = norm(name="norm1")(y) if given is None else y
+            x = add_windows(x, y, window, amount, split, drop_path, drop_path_rate, deterministic=deterministic)
+        else:
+            y = nn.Dropout(self.dropout_rate)(join_windows(y, size, window, amount, split), deterministic=False)
+            x = x + drop_path(norm(name="norm1")(y), drop_path_rate, deterministic=deterministic)
+        x = axes.constrain_map(x, rank)
 
-        y = FeedForward(int(features * self.mlp_ratio), dropout_rate=self.dropout_rate, name="feed_forward", **common)(
-            x, deterministic=deterministic
+        feed_forward = functools.partial(
+            FeedForward, int(features * self.mlp_ratio), dropout_rate=self.dropout_rate, **common
         )
-        x = x + drop_path(norm(name="norm2")(y), drop_path_rate, deterministic=deterministic)
+        x = add_feed_forward(
+            x,
+            norm,
+            feed_forward,
+            drop_path,
+            drop_path_rate,
+            norm_first=False,
+            names=(axes.BATCH, *axes.SPACE[rank]),
+            deterministic=deterministic,
+        )
         return axes.constrain_map(x, rank)
 
 
@@ -487,18 +540,18 @@ class PatchMergingV2(nn.Module):
         Raises:
           ValueError: if `x` has fewer than three axes or `features` is not positive.
         """
-        x = to_patches(pad_to_multiple(x, (2, 2)), (2, 2), first_axis_fastest=True)
-        features = x.shape[-1] // 2 if self.features is None else self.features
+        x, width = pad_to_multiple(x, (2, 2)), 4 * x.shape[-1]
+        features = width // 2 if self.features is None else self.features
         if features < 1:
             raise ValueError(f"features={self.features} must be positive; set features or leave it None")
-        x = nn.Dense(
-            features,
-            use_bias=False,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=self.kernel_init,
-            name="reduction",
-        )(x)
+        dtype = nn.dtypes.canonicalize_dtype(x, jnp.zeros((), self.param_dtype), dtype=self.dtype)
+        init: dict[str, Any] = {"param_dtype": self.param_dtype, "kernel_init": self.kernel_init, "name": "reduction"}
+        if dispatch.convolves_patches(x.size // width, width // 4, dtype):
+            kernel, _ = dense_weights(width, features, use_bias=False, **init)
+            x = project_patches(x.astype(dtype), (2, 2), kernel.astype(dtype))
+        else:
+            x = to_patches(x, (2, 2), first_axis_fastest=True)
+            x = nn.Dense(features, use_bias=False, dtype=self.dtype, **init)(x)
         return axes.constrain_map(self.norm(dtype=self.dtype, param_dtype=self.param_dtype, name="post_norm")(x), 2)
 
 

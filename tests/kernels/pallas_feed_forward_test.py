@@ -1,7 +1,6 @@
 """The kernels of a block's second half against their jnp twin: interpreted on CPU, and compiled for a TPU."""
 
 import functools
-import os
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +14,7 @@ from jaxlayers.core import axes
 from jaxlayers.kernels import dispatch
 from jaxlayers.kernels.pallas_feed_forward import _Layout, _twice, residual_feed_forward
 from jaxlayers.nn.transformer_block import TransformerBlock
-from jaxlayers.window import SwinBlock
+from jaxlayers.window import SwinBlock, SwinV2Block
 from train.collectives import collectives
 
 
@@ -23,12 +22,17 @@ def draw(seed, *shape, dtype=jnp.float32):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
-def plain(x, scale, offset, up, up_bias, down, down_bias, factor=None, epsilon=1e-6):
+def plain(x, scale, offset, up, up_bias, down, down_bias, factor=None, epsilon=1e-6, norm_first=True):
     """Return the half of a block as it is written in a paper, in float32."""
+
+    def norm(x):
+        centred = x - jnp.mean(x, axis=-1, keepdims=True)
+        return centred / jnp.sqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + epsilon) * scale + offset
+
     wide = x.astype(jnp.float32)
-    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-    normed = centred / jnp.sqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + epsilon) * scale + offset
-    y = jax.nn.gelu(normed @ up + up_bias, approximate=False) @ down + down_bias
+    y = norm(wide) if norm_first else wide
+    y = jax.nn.gelu(y @ up + up_bias, approximate=False) @ down + down_bias
+    y = y if norm_first else norm(y)
     y = y if factor is None else y * factor.reshape(factor.shape + (1,) * (x.ndim - factor.ndim))
     return (wide + y).astype(x.dtype)
 
@@ -77,10 +81,14 @@ PROBLEMS = {
 }
 
 
+@pytest.mark.parametrize("norm_first", [True, False], ids=["norm-first", "norm-last"])
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_half_a_block_equals_the_plain_one_in_value_and_gradient(name):
+def test_half_a_block_equals_the_plain_one_in_value_and_gradient(name, norm_first):
     *operands, factor = PROBLEMS[name]
-    function, expected = differentiated(residual_feed_forward), differentiated(plain)(*operands, factor)
+    function, twin = (
+        differentiated(functools.partial(each, norm_first=norm_first)) for each in (residual_feed_forward, plain)
+    )
+    expected = twin(*operands, factor)
     assert_equal(function(*operands, factor), expected)
     # The control: one weight that differs is seen.
     operands[3] = operands[3].at[-1, 0].add(0.1)
@@ -96,18 +104,22 @@ def test_blocks_hold_whole_rows_and_some_do_not_divide():
     assert (swin.tokens, swin.slab_block, swin.blocks) == (448, 1, 56)
 
 
-def test_half_a_block_in_bfloat16_is_as_near_to_float32_as_the_jnp_form():
+@pytest.mark.parametrize("norm_first", [True, False], ids=["norm-first", "norm-last"])
+def test_half_a_block_in_bfloat16_is_as_near_to_float32_as_the_jnp_form(norm_first):
     *operands, factor = problem((4, 8, 7, 32), 128, 1, jnp.bfloat16)
-    exact = differentiated(plain)(operands[0].astype(jnp.float32), *operands[1:], factor)
+    kernel, twin = (functools.partial(each, norm_first=norm_first) for each in (residual_feed_forward, plain))
+    exact = differentiated(twin)(operands[0].astype(jnp.float32), *operands[1:], factor)
 
     def rounded(x, scale, offset, up, up_bias, down, down_bias, factor):
         half = [each.astype(jnp.bfloat16) for each in (up, up_bias, down, down_bias)]
         variables = {"params": {"scale": scale, "bias": offset}}
-        y = nn.LayerNorm(dtype=jnp.bfloat16).apply(variables, x)
+        norm = functools.partial(nn.LayerNorm(dtype=jnp.bfloat16).apply, variables)
+        y = norm(x) if norm_first else x
         y = nn.gelu(y @ half[0] + half[1], approximate=False) @ half[2] + half[3]
+        y = y if norm_first else norm(y)
         return x + y * factor.astype(jnp.bfloat16)[:, None, None, None]
 
-    found, usual = (differentiated(one)(*operands, factor) for one in (residual_feed_forward, rounded))
+    found, usual = (differentiated(one)(*operands, factor) for one in (kernel, rounded))
     for one, other, wanted in zip(found, usual, exact, strict=True):
         assert one.dtype == other.dtype
         scale = np.abs(np.asarray(wanted)).max()
@@ -143,8 +155,9 @@ def test_no_gradient_flows_to_the_factor():
     assert not np.any(np.asarray(found))
 
 
-BLOCKS = {
+BLOCKS: dict[str, tuple[Any, Any]] = {
     "swin": (SwinBlock(num_heads=2, window_size=3, shift_size=1, drop_path_rate=0.4), draw(0, 6, 5, 4, 8)),
+    "swin-v2": (SwinV2Block(num_heads=2, window_size=3, shift_size=1, drop_path_rate=0.4), draw(0, 6, 5, 4, 8)),
     "transformer": (TransformerBlock(num_heads=2, drop_path_rate=0.4), draw(0, 6, 5, 8)),
 }
 
@@ -209,7 +222,7 @@ def test_the_table_takes_the_half_block_on_tpu_alone():
     assert kernel("table", "cpu") == kernel("table", "gpu") == kernel("pallas", "gpu") == kernel("jnp", "tpu") == "jnp"
     # Nothing was weighed there.
     assert kernel("table", "tpu", features=64) == kernel("table", "tpu", dtype=jnp.float32) == "jnp"
-    assert kernel("table", "tpu", hidden=400) == kernel("table", "tpu", features=400) == "jnp"
+    assert kernel("table", "tpu", hidden=400) == kernel("table", "tpu", features=520) == "jnp"
     assert kernel("pallas", "tpu", features=64, hidden=999) == kernel("pallas", "tpu", dtype=jnp.float32) == "pallas"
     # Nor does the kernel serve these.
     assert kernel("pallas", "tpu", features=768, hidden=3072) == kernel("pallas", "tpu", tokens=1025) == "jnp"
@@ -235,10 +248,11 @@ def test_tokens_and_weights_that_do_not_fit_are_refused():
         residual_feed_forward(jnp.ones((1025, 6)), *weights)
 
 
-def test_sharded_over_batch_and_rows_equals_unsharded_and_sends_the_gradients_of_weights_alone():
+@pytest.mark.parametrize("norm_first", [True, False], ids=["norm-first", "norm-last"])
+def test_sharded_over_batch_and_rows_equals_unsharded_and_sends_the_gradients_of_weights_alone(norm_first):
     *operands, factor = problem((4, 6, 5, 8), 16, 1)
     names = (axes.BATCH, axes.HEIGHT, axes.WIDTH)
-    function = differentiated(functools.partial(residual_feed_forward, names=names))
+    function = differentiated(functools.partial(residual_feed_forward, norm_first=norm_first, names=names))
     expected = function(*operands, factor)
     rules = ((axes.BATCH, "data"), (axes.HEIGHT, "tensor"))
     specs = [PartitionSpec("data", "tensor"), *(PartitionSpec(),) * 6, PartitionSpec("data")]
@@ -251,23 +265,27 @@ def test_sharded_over_batch_and_rows_equals_unsharded_and_sends_the_gradients_of
     assert found[1].sharding.spec == specs[0]
     sent = collectives(compiled.as_text(), mesh())
     assert {each.kind for each in sent} == {"all-reduce"}
-    # Those of both projections and their biases, and the loss.
-    assert sum(each.bytes for each in sent) <= 4 * (2 * 8 * 16 + 16 + 8 + 1)
+    # Those of both projections and their biases, scale and offset of the last norm, and the loss.
+    affine = 0 if norm_first else 2 * 8
+    assert sum(each.bytes for each in sent) <= 4 * (2 * 8 * 16 + 16 + 8 + affine + 1)
 
 
 @pytest.mark.tpu
 @pytest.mark.parametrize(
-    ("shape", "hidden", "batch_ndim", "dtype"),
+    ("shape", "hidden", "batch_ndim", "dtype", "norm_first"),
     [
-        ((2, 56, 56, 96), 384, 1, jnp.bfloat16),
-        ((2, 14, 14, 384), 1536, 1, jnp.bfloat16),
-        ((5, 197, 192), 768, 1, jnp.bfloat16),
-        ((2, 8, 8, 128), 256, 0, jnp.float32),
-        ((2, 7, 7, 512), 2048, 1, jnp.bfloat16),
+        ((2, 56, 56, 96), 384, 1, jnp.bfloat16, True),
+        ((2, 14, 14, 384), 1536, 1, jnp.bfloat16, True),
+        ((5, 197, 192), 768, 1, jnp.bfloat16, True),
+        ((2, 8, 8, 128), 256, 0, jnp.float32, True),
+        ((2, 7, 7, 512), 2048, 1, jnp.bfloat16, True),
+        ((2, 64, 64, 96), 384, 1, jnp.bfloat16, False),
+        ((2, 7, 7, 512), 2048, 1, jnp.bfloat16, False),
+        ((2, 8, 8, 128), 256, 0, jnp.float32, False),
     ],
     ids=str,
 )
-def test_half_blocks_compile_for_tpu(shape, hidden, batch_ndim, dtype):
+def test_half_blocks_compile_for_tpu(shape, hidden, batch_ndim, dtype, norm_first):
     from jax.experimental import topologies
 
     topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
@@ -276,6 +294,6 @@ def test_half_blocks_compile_for_tpu(shape, hidden, batch_ndim, dtype):
         None if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
         for x in problem(shape, hidden, batch_ndim, dtype)
     ]
-    text = differentiated(residual_feed_forward).lower(*shapes).compile().as_text()
+    half = functools.partial(residual_feed_forward, norm_first=norm_first)
+    text = differentiated(half).lower(*shapes).compile().as_text()
     assert text.count("tpu_custom_call") >= 2
-    assert os.environ.get("JAX_PLATFORMS") == "cpu"

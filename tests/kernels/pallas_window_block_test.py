@@ -1,7 +1,6 @@
 """The kernels for a block's attention half against their jnp twin: interpreted on CPU, and compiled for a TPU."""
 
 import functools
-import os
 from typing import Any
 
 import flax.linen as nn
@@ -12,9 +11,10 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxlayers.core import axes
+from jaxlayers.core.safe import safe_normalize
 from jaxlayers.kernels import dispatch
 from jaxlayers.kernels.pallas_window_block import window_block
-from jaxlayers.window import SwinBlock, WindowAttention
+from jaxlayers.window import CosineWindowAttention, SwinBlock, SwinV2Block, WindowAttention
 from jaxlayers.window.swin import layer_norm
 from train.collectives import collectives
 
@@ -23,13 +23,18 @@ def draw(seed, *shape, dtype=jnp.float32):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
-def plain(x, projections, shifts, out, out_shift, bias, mask=None, *, norm=None, epsilon=1e-5):
+def plain(
+    x, projections, shifts, out, out_shift, bias, mask=None, *, scale=None, norm=None, norm_first=True, epsilon=1e-5
+):
     """Return the attention half as it is written in a paper, in float32."""
-    dtype, x = x.dtype, x.astype(jnp.float32)
-    if norm is not None:
+
+    def normed(x):
         mean = jnp.mean(x, axis=-1, keepdims=True)
         deviation = jnp.sqrt(jnp.mean(jnp.square(x - mean), axis=-1, keepdims=True) + epsilon)
-        x = (x - mean) / deviation * norm[0] + norm[1]
+        return (x - mean) / deviation * norm[0] + norm[1]
+
+    dtype, x = x.dtype, x.astype(jnp.float32)
+    x = normed(x) if norm is not None and norm_first else x
     heads = len(bias)
 
     def split(part):
@@ -37,17 +42,23 @@ def plain(x, projections, shifts, out, out_shift, bias, mask=None, *, norm=None,
         return jnp.swapaxes(y.reshape(*y.shape[:-1], heads, -1), -2, -3)
 
     query, key, value = (split(part) for part in range(3))
-    scores = query @ jnp.swapaxes(key, -1, -2) / np.sqrt(query.shape[-1]) + bias
+    if scale is None:
+        query = query / np.sqrt(query.shape[-1])
+    else:
+        query, key = (safe_normalize(each) for each in (query, key))
+        query = query * scale[:, None, None]
+    scores = query @ jnp.swapaxes(key, -1, -2) + bias
     scores = scores if mask is None else jnp.where(mask[..., None, :, :], scores, -jnp.inf)
     context = jnp.swapaxes(jax.nn.softmax(scores, axis=-1) @ value, -2, -3)
-    return (context.reshape(*context.shape[:-2], -1) @ out + out_shift).astype(dtype)
+    y = context.reshape(*context.shape[:-2], -1) @ out + out_shift
+    return (normed(y) if norm is not None and not norm_first else y).astype(dtype)
 
 
-def differentiated(function, mask=None, epsilon=1e-5):
+def differentiated(function, mask=None, **options):
     """Return a function of the operands, mask excepted, that gives the result and the gradients of a sum of it."""
 
-    def total(x, projections, shifts, out, out_shift, bias, norm):
-        found = function(x, projections, shifts, out, out_shift, bias, mask, norm=norm, epsilon=epsilon)
+    def total(x, projections, shifts, out, out_shift, bias, norm, scale=None):
+        found = function(x, projections, shifts, out, out_shift, bias, mask, norm=norm, scale=scale, **options)
         return jnp.sum(jnp.sin(found.astype(jnp.float32))), found
 
     def both(*operands):
@@ -102,10 +113,41 @@ def test_kernels_equal_the_plain_block_in_value_and_gradient(name):
         assert_equal(found, changed)
 
 
-def test_bfloat16_blocks_stay_near_to_float32():
-    operands, mask = problem((4,), 49, 3, 32, masked=True, normed=True, dtype=jnp.bfloat16)
-    exact = differentiated(plain, mask)(operands[0].astype(jnp.float32), *operands[1:])
-    found = differentiated(window_block, mask)(*operands)
+def cosine_problem(leading, tokens, heads, dim, *, masked, normed=True, dtype=jnp.float32):
+    """Return operands with a scale of each head; keys have no bias, and some tokens are padding."""
+    operands, mask = problem(leading, tokens, heads, dim, masked=masked, normed=normed, dtype=dtype)
+    x, projections, shifts, *rest = operands
+    x = x.at[..., -1, -1, :].set(0)
+    return [x, projections, shifts.at[1].set(0), *rest, 4 + 2 * draw(9, heads)], mask
+
+
+COSINES = {
+    "last-norm": (cosine_problem((4,), 49, 3, 8, masked=True), {"norm_first": False}),
+    "last-norm-in-several-cells": (cosine_problem((20,), 4, 7, 8, masked=False), {"norm_first": False}),
+    "no-norm": (cosine_problem((1, 3), 9, 2, 16, masked=True, normed=False), {}),
+    "first-norm": (cosine_problem((2, 2), 4, 2, 8, masked=False), {}),
+    "products-and-a-last-norm": (problem((4,), 16, 2, 8, masked=True, normed=True), {"norm_first": False}),
+}
+
+
+@pytest.mark.parametrize("name", COSINES)
+def test_blocks_of_cosines_and_last_norms_equal_the_plain_ones_in_value_and_gradient(name):
+    (operands, mask), options = COSINES[name]
+    found = differentiated(window_block, mask, **options)(*operands)
+    expected = differentiated(plain, mask, **options)(*operands)
+    assert_equal(found, expected, tolerance=2e-5)
+    # The control: another scale, or another offset of the norm, would be seen.
+    *rest, norm, last = operands if len(operands) == 8 else (*operands, None)
+    changed = (norm, last.at[-1].add(0.1)) if last is not None else ((norm[0], norm[1] + 0.01), None)
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        assert_equal(found, differentiated(plain, mask, **options)(*rest, *changed))
+
+
+@pytest.mark.parametrize(("make", "norm_first"), [(problem, True), (cosine_problem, False)])
+def test_bfloat16_blocks_stay_near_to_float32(make, norm_first):
+    operands, mask = make((4,), 49, 3, 32, masked=True, normed=True, dtype=jnp.bfloat16)
+    exact = differentiated(plain, mask, norm_first=norm_first)(operands[0].astype(jnp.float32), *operands[1:])
+    found = differentiated(window_block, mask, norm_first=norm_first)(*operands)
     assert [x.dtype for x in found[:3]] == [jnp.bfloat16, jnp.bfloat16, jnp.float32]
     for one, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True):
         error = np.asarray(one, np.float32) - np.asarray(wanted)
@@ -144,7 +186,10 @@ BLOCKS = {
     "regular": (SwinBlock(2, 4), (2, 8, 8, 16)),
     "shifted": (SwinBlock(3, 4, 2), (1, 8, 12, 24)),
     "padded": (SwinBlock(2, 4, 2), (1, 6, 7, 16)),
-    "without-epsilon-of-its-own": (SwinBlock(2, 4, norm=nn.LayerNorm), (1, 4, 8, 16)),
+    "with-another-epsilon": (SwinBlock(2, 4, norm=functools.partial(nn.LayerNorm, epsilon=0.1)), (1, 4, 8, 16)),
+    "second-version": (SwinV2Block(2, 4), (2, 8, 8, 16)),
+    "second-version-shifted-and-padded": (SwinV2Block(3, 4, 2), (1, 6, 11, 24)),
+    "second-version-normed-otherwise": (SwinV2Block(2, 4, norm=nn.RMSNorm), (1, 8, 8, 16)),
 }
 
 
@@ -188,15 +233,17 @@ def norms_before(block, shape):
     return seen
 
 
-def test_only_the_default_norm_of_whole_windows_is_computed_by_the_kernel():
-    # The second norm is in the kernel of the perceptron, with any epsilon.
+def test_only_plain_norms_of_whole_windows_are_computed_by_the_kernel():
+    # The second norm is in the kernel of the perceptron.
     assert norms_before(SwinBlock(2, 4, 2), (1, 8, 8, 16)) == []
     assert norms_before(SwinBlock(2, 4, 2), (1, 6, 8, 16)) == ["norm1"]
-    assert norms_before(SwinBlock(2, 4, norm=functools.partial(nn.LayerNorm)), (1, 8, 8, 16)) == ["norm1"]
+    # The result of a padded window is normed with it.
+    assert norms_before(SwinV2Block(2, 4, 2), (1, 6, 8, 16)) == []
     assert norms_before(SwinBlock(2, 4, norm=layer_norm, dtype=jnp.bfloat16), (1, 8, 8, 16)) == ["norm1", "norm2"]
-    layer = WindowAttention(num_heads=2, window_size=(2, 2))
-    with pytest.raises(ValueError, match="must be None where dispatch takes no kernel"):
-        layer.init(jax.random.key(0), jnp.ones((1, 1, 4, 16)), norm=(jnp.ones(16), jnp.zeros(16)))
+    for layer in (WindowAttention, CosineWindowAttention):
+        attention: Any = layer(num_heads=2, window_size=(2, 2))
+        with pytest.raises(ValueError, match="must be None where dispatch takes no kernel"):
+            attention.init(jax.random.key(0), jnp.ones((1, 1, 4, 16)), norm=(jnp.ones(16), jnp.zeros(16), 1e-6))
 
 
 def test_the_table_takes_the_block_on_tpu_alone_and_refuses_nothing():
@@ -241,15 +288,22 @@ def test_blocks_split_over_batch_and_windows_equal_unsplit_ones_and_send_gradien
 
 @pytest.mark.tpu
 @pytest.mark.parametrize(
-    ("heads", "tokens", "masked", "normed"), [(3, 49, True, True), (12, 49, False, True), (4, 64, True, False)]
+    ("heads", "tokens", "masked", "normed", "make", "norm_first"),
+    [
+        (3, 49, True, True, problem, True),
+        (12, 49, False, True, problem, True),
+        (4, 64, True, False, problem, True),
+        (3, 64, True, True, cosine_problem, False),
+        (16, 64, False, True, cosine_problem, False),
+        (2, 16, False, False, cosine_problem, True),
+    ],
 )
-def test_blocks_compile_for_tpu(heads, tokens, masked, normed):
+def test_blocks_compile_for_tpu(heads, tokens, masked, normed, make, norm_first):
     from jax.experimental import topologies
 
     topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-    operands, mask = problem((2, 4), tokens, heads, 32, masked=masked, normed=normed, dtype=jnp.bfloat16)
+    operands, mask = make((2, 4), tokens, heads, 32, masked=masked, normed=normed, dtype=jnp.bfloat16)
     place = SingleDeviceSharding(topology.devices[0])
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), operands)
-    text = differentiated(window_block, mask).lower(*shapes).compile().as_text()
+    text = differentiated(window_block, mask, norm_first=norm_first).lower(*shapes).compile().as_text()
     assert "tpu_custom_call" in text
-    assert os.environ.get("JAX_PLATFORMS") == "cpu"

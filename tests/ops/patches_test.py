@@ -13,6 +13,7 @@ from jaxlayers.ops.patches import (
     from_patches,
     pad_to_multiple,
     project_normed_patches,
+    project_patches,
     split_shape,
     to_blocks,
     to_patches,
@@ -87,6 +88,14 @@ def plainly_projected(x, scale, offset, kernel, first_axis_fastest=True):
     patches = to_patches(x, (2, 3), first_axis_fastest=first_axis_fastest)
     mean, variance = patches.mean(-1, keepdims=True), patches.var(-1, keepdims=True)
     return ((patches - mean) / jnp.sqrt(variance + 1e-5) * scale + offset) @ kernel
+
+
+def test_patches_are_projected_by_a_convolution():
+    x, _, _, kernel = patch_problem()
+    found = project_patches(x, (2, 3), kernel)
+    np.testing.assert_allclose(found, to_patches(x, (2, 3), first_axis_fastest=True) @ kernel, rtol=0, atol=1e-5)
+    # Negative control: pixels in the other order are other patches.
+    assert np.abs(found - to_patches(x, (2, 3)) @ kernel).max() > 0.1
 
 
 def test_normed_patches_are_projected_by_a_convolution_as_they_are_one_by_one():
