@@ -462,12 +462,11 @@ class SwinV2Block(nn.Module):
             names=window_names(split),
             deterministic=deterministic,
         )
-        if deterministic or not self.dropout_rate:
-            y = norm(name="norm1")(y) if given is None else y
-            x = add_windows(x, y, window, amount, split, drop_path, drop_path_rate, deterministic=deterministic)
-        else:
-            y = nn.Dropout(self.dropout_rate)(join_windows(y, size, window, amount, split), deterministic=False)
+        if given is None:
+            y = nn.Dropout(self.dropout_rate)(join_windows(y, size, window, amount, split), deterministic=deterministic)
             x = x + drop_path(norm(name="norm1")(y), drop_path_rate, deterministic=deterministic)
+        else:
+            x = add_windows(x, y, window, amount, split, drop_path, drop_path_rate, deterministic=deterministic)
         x = axes.constrain_map(x, rank)
 
         feed_forward = functools.partial(
