@@ -2,11 +2,11 @@
 
     python -m tools.kernel_cost --python .venv-tpu/bin/python [--feed-forward | --merging]
 
-For each size the forward and backward pass of a `SwinBlock` on eight maps in bfloat16 is compiled for one chip: once as
-XLA has it, once with the kernels. Of what XLA compiles the cycles are its estimates, of every kernel in it they are
-those of its schedule (`tools.plan_kernels`). Writes the table of docs/decisions/window_kernel.md to standard output,
-or, of a second half alone, that of docs/decisions/feed_forward_kernel.md, or, of the merging between stages, that of
-docs/decisions/patch_convolution.md.
+For each size the forward and backward pass of a `SwinBlock` or `SwinV2Block` on eight maps in bfloat16 is compiled for
+one chip: once as XLA has it, once with the kernels. Of what XLA compiles the cycles are its estimates, of every kernel
+in it they are those of its schedule (`tools.plan_kernels`). Writes the table of docs/decisions/window_kernel.md to
+standard output, or, of a second half alone, that of docs/decisions/feed_forward_kernel.md, or, of the merging between
+stages, that of docs/decisions/patch_convolution.md.
 """
 
 import argparse
@@ -36,6 +36,7 @@ class Size:
       heads: number of heads.
       window: side of a window.
       shifted: windows are shifted by half their side.
+      version: of the block, `SwinBlock` (1) or `SwinV2Block` (2).
     """
 
     side: int
@@ -43,6 +44,7 @@ class Size:
     heads: int
     window: int = 7
     shifted: bool = False
+    version: int = 1
 
     @property
     def shift(self) -> int:
@@ -53,12 +55,14 @@ class Size:
         """Return the block."""
         import jax.numpy as jnp
 
-        from jaxlayers.window import SwinBlock
+        from jaxlayers.window import SwinBlock, SwinV2Block
 
-        return SwinBlock(self.heads, self.window, self.shift, dtype=jnp.bfloat16)
+        block = {1: SwinBlock, 2: SwinV2Block}[self.version]
+        return block(self.heads, self.window, self.shift, dtype=jnp.bfloat16)
 
 
-# The stages of Swin-T at 224 pixels, the first of a Swin at 256, the third of Swin-B, and windows of 12.
+# The stages of Swin-T at 224 pixels, the first of a Swin at 256, the third of Swin-B, windows of 12, and the stages of
+# Swin V2-T at 256 pixels with the third of Swin V2-B.
 SIZES = (
     Size(56, 96, 3),
     Size(56, 96, 3, shifted=True),
@@ -67,6 +71,10 @@ SIZES = (
     Size(64, 96, 3, window=8, shifted=True),
     Size(14, 512, 16, shifted=True),
     Size(48, 128, 4, window=12, shifted=True),
+    Size(64, 96, 3, window=8, shifted=True, version=2),
+    Size(32, 192, 6, window=8, shifted=True, version=2),
+    Size(16, 384, 12, window=8, shifted=True, version=2),
+    Size(16, 512, 16, window=8, shifted=True, version=2),
 )
 
 
@@ -204,9 +212,10 @@ def row(size: Size, found: dict[str, int]) -> str:
     """Return a row of the table."""
     whole = found["pallas"] + found["kernels"]
     shifted = " (shifted)" if size.shifted else ""
+    version = f", V{size.version}" if size.version > 1 else ""
     return (
-        f"| {size.side} x {size.side} x {size.features} | {size.heads} | {size.window}{shifted} | {found['jnp']:,} "
-        f"| {found['pallas']:,} | {found['kernels']:,} | {found['jnp'] / whole:.2f} |"
+        f"| {size.side} x {size.side} x {size.features}{version} | {size.heads} | {size.window}{shifted} "
+        f"| {found['jnp']:,} | {found['pallas']:,} | {found['kernels']:,} | {found['jnp'] / whole:.2f} |"
     )
 
 

@@ -33,7 +33,6 @@ from jaxlayers.equivariant.fibers import (
     products_along,
     radial_inputs,
 )
-from jaxlayers.kernels.pallas_edges import edge_messages
 from jaxlayers.nn.multi_head import attention_weights
 from jaxlayers.ops.neighbours import gather
 
@@ -351,7 +350,10 @@ class RadialKernel(nn.Module):
         bias = self.param("bias", self.bias_init, last[1:], self.param_dtype).astype(dtype)
         if isinstance(products, Factors):
             basis = {pair: products.basis[pair] for pair in pairs}
-            out = edge_messages(hidden, kernel, bias, basis, products.sources, wanted)
+            # It takes over a second to import.
+            from jaxlayers.kernels import pallas_edges
+
+            out = pallas_edges.edge_messages(hidden, kernel, bias, basis, products.sources, wanted)
         else:
             out = _mixed(hidden, kernel, bias, {pair: products[pair].astype(dtype) for pair in pairs}, wanted)
         for degree, mixed in out.items():

@@ -42,9 +42,9 @@ def edge_messages(
 ) -> dict[int, Shaped[Array, "..."]]:
     """Return the sums over k, c and J of R_J^{kl}[d, c] (K_J f_c) of every edge, with R = hidden kernel + bias.
 
-    Differentiable once, in reverse mode, with respect to all arrays; computed in float32. On CPU the kernels are
-    interpreted, which is slow and meant for tests. With a mesh in scope each device runs them on the edges of the batch
-    and of the points that the logical rules give it.
+    Differentiable once, in reverse mode, with respect to all arrays; in float32, products in the precision that a TPU
+    takes for these by default. On CPU the kernels are interpreted, which is slow and meant for tests. With a mesh in
+    scope each device runs them on the edges of the batch and of the points that the logical rules give it.
 
     Args:
       hidden: last hidden activations of the perceptrons of all pairs of degrees (k, l), in the order of their sorting;

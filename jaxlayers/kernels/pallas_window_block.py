@@ -9,6 +9,9 @@ So a head is a slice of rows, which costs nothing; the norm's and the softmax's 
 additions; no entry of a product is masked out but for the other window's; and the statistics of 128 tokens fill one
 register. Scores are `[keys, queries]`. The two windows of a pair have keys of their own: these lie beside one another
 `[keys, 2 x dim]`, the queries on the diagonal of `[2 x dim, 2 x 64]`, and one product gives the scores of both.
+
+For Swin V2 queries and keys are brought to length 1, by sums over sublanes too, and the norm is one of the result. Its
+gradient needs the result of all heads, so the backward pass keeps their weights and goes over the heads twice.
 """
 
 import dataclasses
