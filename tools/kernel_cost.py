@@ -150,9 +150,26 @@ class Merge:
         return PatchMerging(dtype=jnp.bfloat16)
 
 
+@dataclasses.dataclass(frozen=True)
+class Embed(Merge):
+    """Another row of the third table: images whose patches of 4 x 4 are embedded and normed.
+
+    The gradient is that of the parameters alone.
+    """
+
+    def layer(self) -> Any:
+        """Return the module."""
+        import jax.numpy as jnp
+
+        from jaxlayers.nn.patch_embed import PatchEmbed
+        from jaxlayers.window.swin import layer_norm
+
+        return PatchEmbed(self.features, (4, 4), norm=layer_norm, dtype=jnp.bfloat16)
+
+
 MERGES = tuple(
     Merge(side, features, images) for images in (8, 64) for side, features in ((56, 96), (28, 192), (14, 384))
-)
+) + tuple(Embed(224, features, images) for images in (8, 64) for features in (96, 128))
 
 
 def block_cycles(size: Size | Half | Merge, chip: str) -> dict[str, int]:
@@ -171,14 +188,15 @@ def block_cycles(size: Size | Half | Merge, chip: str) -> dict[str, int]:
     place = chips.topology(f"{chip}:2x2")
     block = size.layer()
     images = size.images if isinstance(size, Merge) else IMAGES
-    x = jax.ShapeDtypeStruct((images, size.side, size.side, size.features), jnp.bfloat16)
+    channels = 3 if isinstance(size, Embed) else size.features
+    x = jax.ShapeDtypeStruct((images, size.side, size.side, channels), jnp.bfloat16)
     variables = jax.eval_shape(block.init, jax.random.key(0), x)
 
     def loss(variables: Any, x: Any) -> Any:
         out: Any = block.apply(variables, x)
         return jnp.sum(jnp.square(out.astype(jnp.float32)))
 
-    gradient = jax.grad(loss, argnums=(0, 1))
+    gradient = jax.grad(loss, argnums=0 if isinstance(size, Embed) else (0, 1))
     found: dict[str, int] = {}
     for choice in ("jnp", "pallas"):
         with dispatch.use(choice, platform="tpu"):
@@ -224,8 +242,9 @@ def half_row(size: Half | Merge, found: dict[str, int]) -> str:
     whole = found["pallas"] + found["kernels"]
     images = f"{size.images} of " if isinstance(size, Merge) else ""
     last = "" if isinstance(size, Merge) or size.norm_first else ", norm last"
+    width = f"3 to {size.features}" if isinstance(size, Embed) else f"{size.features}"
     return (
-        f"| {images}{size.side} x {size.side} x {size.features}{last} | {found['jnp']:,} | {found['pallas']:,} "
+        f"| {images}{size.side} x {size.side} x {width}{last} | {found['jnp']:,} | {found['pallas']:,} "
         f"| {found['kernels']:,} | {found['jnp'] / whole:.2f} |"
     )
 
@@ -248,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.one:
         fields = json.loads(options.one)
-        kind: Any = {kind.__name__: kind for kind in (Size, Half, Merge)}[options.kind]
+        kind: Any = {kind.__name__: kind for kind in (Size, Half, Merge, Embed)}[options.kind]
         size: Any = kind(**fields)
         print(json.dumps(block_cycles(size, options.chip)))
         return

@@ -106,6 +106,10 @@ PATCH_TABLE: tuple[tuple[str, tuple[int, int], int], ...] = (("tpu", (96, 384), 
 FEED_FORWARD_TABLE: tuple[tuple[str, tuple[int, int]], ...] = (("tpu", (96, 512)),)
 
 
+# Features of tokens that are projected and normed, before and after, see docs/decisions/patch_convolution.md.
+PROJECT_TABLE: tuple[tuple[str, tuple[int, int], tuple[int, int]], ...] = (("tpu", (48, 48), (96, 128)),)
+
+
 @contextlib.contextmanager
 def use(choice: str, *, platform: str = "") -> Iterator[None]:
     """Choose the kernels of what is traced within.
@@ -297,6 +301,32 @@ def feed_forward_kernel(tokens: int, features: int, hidden: int, dtype: Any) -> 
     fits = dtype == jnp.bfloat16 and any(
         platform == name and least <= features <= most and hidden <= 4 * features
         for name, (least, most) in FEED_FORWARD_TABLE
+    )
+    return "pallas" if choice == "pallas" or fits else "jnp"
+
+
+def project_kernel(tokens: int, features: int, out_features: int, dtype: Any) -> Kernel:
+    """Return which kernel computes norm(x W + b).
+
+    "pallas" takes it where it serves and refuses nothing.
+
+    Args:
+      tokens: along the last axis of tokens.
+      features: of a token.
+      out_features: of what it is projected to.
+      dtype: of the tokens, and of the product.
+    """
+    choice, platform = _scope.value
+    platform = platform or jax.default_backend()
+    dtype = jnp.dtype(dtype)
+    if choice == "jnp" or _platform_refusal(platform) or _dtype_refusal(dtype):
+        return "jnp"
+    if tokens % 8 or features * out_features > MOST_WEIGHTS // 16:
+        return "jnp"
+    # Only bfloat16 was weighed.
+    fits = dtype == jnp.bfloat16 and any(
+        platform == name and least <= features <= most and fewest <= out_features <= greatest
+        for name, (least, most), (fewest, greatest) in PROJECT_TABLE
     )
     return "pallas" if choice == "pallas" or fits else "jnp"
 

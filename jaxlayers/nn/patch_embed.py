@@ -1,5 +1,6 @@
 """Turning an image, a signal or a volume into a grid of tokens."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,8 +8,11 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxlayers.core import axes
 from jaxlayers.core.initializers import lecun_normal, zeros
 from jaxlayers.core.types import Dtype, Initializer
+from jaxlayers.kernels import dispatch
+from jaxlayers.nn.weights import dense_weights, norm_weights, plain_norm
 from jaxlayers.ops.patches import pad_to_multiple, split_shape, to_patches
 
 
@@ -76,15 +80,27 @@ class PatchEmbed(nn.Module):
             raise ValueError(f"input of dtype {x.dtype} must be of floating point; scale it and convert to float32")
         split_shape(x.shape, len(self.patch_size))
         x = to_patches(pad_to_multiple(x, self.patch_size), self.patch_size)
-        x = nn.Dense(
-            self.features,
-            use_bias=self.use_bias,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=self.kernel_init,
-            bias_init=self.bias_init,
-            name="projection",
-        )(x)
-        if self.norm is not None:
-            x = self.norm(dtype=self.dtype, param_dtype=self.param_dtype, name="post_norm")(x)
-        return x
+        init: dict[str, Any] = {
+            "use_bias": self.use_bias,
+            "param_dtype": self.param_dtype,
+            "kernel_init": self.kernel_init,
+            "bias_init": self.bias_init,
+            "name": "projection",
+        }
+        if self.norm is None:
+            return nn.Dense(self.features, dtype=self.dtype, **init)(x)
+        norm = functools.partial(self.norm, dtype=self.dtype, param_dtype=self.param_dtype)
+        dtype = nn.dtypes.canonicalize_dtype(x, jnp.zeros((), self.param_dtype), dtype=self.dtype)
+        affine = plain_norm(norm, x.astype(dtype))
+        served = dispatch.project_kernel(x.shape[-2], x.shape[-1], self.features, dtype) == "pallas"
+        if affine is None or not served:
+            return norm(name="post_norm")(nn.Dense(self.features, dtype=self.dtype, **init)(x))
+        # It takes over a second to import.
+        from jaxlayers.kernels import pallas_project
+
+        kernel, bias = dense_weights(x.shape[-1], self.features, **init)
+        scale, offset = norm_weights(self.features, affine, name="post_norm")
+        names = (axes.BATCH, *axes.SPACE[len(self.patch_size)]) if len(self.patch_size) in axes.SPACE else ()
+        return pallas_project.project_and_norm(
+            x.astype(dtype), kernel, bias, scale, offset, epsilon=affine.epsilon, names=names
+        )
