@@ -44,6 +44,8 @@ MOST_WEIGHTS = 2**20
 """Of either projection of a perceptron that `pallas_feed_forward` serves."""
 MOST_TOKENS = 1024
 """Of a row of tokens that `pallas_feed_forward` serves, unless they are a multiple of 8."""
+MOST_PROJECTION = 2**16
+"""Of the weights of a projection that `pallas_project` serves."""
 MOST_BLOCK_TOKENS = 64
 """Of a window that `pallas_window_block` serves."""
 MOST_BLOCK_FEATURES = 512
@@ -104,7 +106,6 @@ PATCH_TABLE: tuple[tuple[str, tuple[int, int], int], ...] = (("tpu", (96, 384), 
 
 # Features of a perceptron whose hidden layer is at most four times as wide, see docs/decisions/feed_forward_kernel.md.
 FEED_FORWARD_TABLE: tuple[tuple[str, tuple[int, int]], ...] = (("tpu", (96, 512)),)
-
 
 # Features of tokens that are projected and normed, before and after, see docs/decisions/patch_convolution.md.
 PROJECT_TABLE: tuple[tuple[str, tuple[int, int], tuple[int, int]], ...] = (("tpu", (48, 48), (96, 128)),)
@@ -258,7 +259,7 @@ def cut_kernel(size: Sequence[int], window: Sequence[int], features: int, dtype:
 
 
 def convolves_patches(patches: int, features: int, dtype: Any) -> bool:
-    """Return whether patches of a map are normed and projected by a convolution (`ops.patches.project_normed_patches`).
+    """Return whether patches of a map are projected by a convolution (`ops.patches.project_patches`), normed or not.
 
     "pallas" takes it in float32 and bfloat16, "table" in bfloat16, which was weighed, on TPU.
 
@@ -321,7 +322,7 @@ def project_kernel(tokens: int, features: int, out_features: int, dtype: Any) ->
     dtype = jnp.dtype(dtype)
     if choice == "jnp" or _platform_refusal(platform) or _dtype_refusal(dtype):
         return "jnp"
-    if tokens % 8 or features * out_features > MOST_WEIGHTS // 16:
+    if tokens % 8 or features * out_features > MOST_PROJECTION:
         return "jnp"
     # Only bfloat16 was weighed.
     fits = dtype == jnp.bfloat16 and any(

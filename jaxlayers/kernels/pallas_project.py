@@ -20,10 +20,12 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxlayers.core import axes
+from jaxlayers.kernels.dispatch import MOST_PROJECTION
 from jaxlayers.kernels.pallas_feed_forward import _TILE, _dot, _mean, _Split, _summed, _total, _unit, _wide
 
-# Rows of a block, and of what is written down together.
-_MOST_ROWS = 2048
+# Entries of a block of tokens and of what they are projected to, in rows of whole tiles of 128; and rows of what is
+# written down together.
+_MOST_ENTRIES = 2048 * 256
 _CHUNK = 256
 
 
@@ -56,12 +58,16 @@ def project_and_norm(
       Tokens in the dtype of `x`.
 
     Raises:
-      ValueError: if the kernels do not serve that dtype or that number of tokens.
+      ValueError: if the kernels do not serve that dtype, that number of tokens or so many weights.
     """
     if x.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"dtype={x.dtype} of the tokens must be float32 or bfloat16; pass such")
     if x.ndim < 2 or x.shape[-2] % _TILE:
         raise ValueError(f"tokens of shape {x.shape} must be [*tokens, features], a multiple of {_TILE}; pass such")
+    if kernel.size > MOST_PROJECTION:
+        raise ValueError(
+            f"kernel of shape {kernel.shape} must have at most {MOST_PROJECTION} weights; use the jnp kernel"
+        )
     row = jnp.zeros(kernel.shape[1:], jnp.float32) if bias is None else bias
     kernel, row = (_wide(each) - jnp.mean(_wide(each), axis=-1, keepdims=True) for each in (kernel, row))
     return _project(names, epsilon, x, kernel, row[None], jnp.stack([_wide(scale), _wide(offset)]))
@@ -110,9 +116,10 @@ _project.defvjp(_keep, _return, symbolic_zeros=True)
 # On one device --------------------------------------------------------------------------------------------------------
 
 
-def _rows(count: int) -> int:
-    """Return the rows of a block: whole tiles that divide all."""
-    return max(size for size in range(_TILE, min(_MOST_ROWS, count) + 1, _TILE) if count % size == 0)
+def _rows(count: int, *features: int) -> int:
+    """Return the rows of a block: whole tiles that divide all, fewer where tokens have many features."""
+    most = max(_TILE, _MOST_ENTRIES // sum(-(-each // 128) * 128 for each in features))
+    return max(size for size in range(_TILE, min(most, count) + 1, _TILE) if count % size == 0)
 
 
 def _chunks(ref: Any) -> list[Any]:
@@ -142,7 +149,7 @@ def _call(
       products: products with W, for the estimate of costs.
     """
     count = len(tokens[0])
-    rows = _rows(count)
+    rows = _rows(count, *weights[0].shape)
     operands = (*tokens, *weights)
     out = [jax.ShapeDtypeStruct((count, features), dtype) for features, dtype in results]
     out += [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in gradients]

@@ -36,7 +36,8 @@ class PatchEmbed(nn.Module):
       bias_init: initialiser of b.
 
     Cost:
-      pixels x channels x features multiply-accumulates.
+      pixels x channels x features multiply-accumulates. Where `kernels.dispatch` says so one kernel computes the norm
+      too, and intermediates are not captured.
 
     Example:
       >>> import jax, jax.numpy as jnp

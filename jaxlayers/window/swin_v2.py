@@ -502,7 +502,7 @@ class PatchMergingV2(nn.Module):
       kernel_init: initialiser of W.
 
     Cost:
-      C x out multiply-accumulates an entry of the input.
+      C x out multiply-accumulates an entry of the input. Where `kernels.dispatch` says so it is a convolution.
 
     Example:
       >>> import jax, jax.numpy as jnp

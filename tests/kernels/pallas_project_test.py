@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDev
 
 from jaxlayers.core import axes
 from jaxlayers.kernels import dispatch
-from jaxlayers.kernels.pallas_project import project_and_norm
+from jaxlayers.kernels.pallas_project import _rows, project_and_norm
 from jaxlayers.nn.patch_embed import PatchEmbed
 from train.collectives import collectives
 
@@ -59,7 +59,7 @@ def assert_equal(found, expected, tolerance=1e-5):
 PROBLEMS = {
     "a-map": problem(2, 3, 8, 12, out=10),
     "without-bias": problem(2, 16, 5, out=8, biased=False),
-    # 5,432 tokens are blocks of 1,816... whole tiles that divide them, and the last chunk of each is shorter.
+    # 5,432 tokens are seven blocks of 776 rows, of which the last chunk has eight.
     "chunks-that-do-not-divide": problem(7, 776, 4, out=6),
 }
 
@@ -156,12 +156,20 @@ def test_the_table_takes_what_was_weighed():
     assert kernel("pallas", features=768, out=1024) == "jnp"
 
 
+def test_blocks_of_wide_tokens_have_fewer_rows():
+    assert _rows(8 * 56 * 56, 48, 96) == 1792
+    assert _rows(5432, 4, 6) == 776
+    assert _rows(4096, 8192, 16) * (8192 + 128) <= 2048 * 256
+
+
 def test_what_does_not_fit_is_refused():
     x, *weights = problem(8, 4, out=3)
     with pytest.raises(ValueError, match="dtype=float16 of the tokens must be float32 or bfloat16"):
         project_and_norm(x.astype(jnp.float16), *weights)
     with pytest.raises(ValueError, match=r"tokens of shape \(7, 4\) must be .*, a multiple of 8"):
         project_and_norm(x[:7], *weights)
+    with pytest.raises(ValueError, match=r"kernel of shape \(512, 129\) must have at most 65536 weights"):
+        project_and_norm(*problem(8, 512, out=129))
 
 
 def test_split_tokens_equal_unsplit_ones_and_send_the_gradients_of_weights_alone():

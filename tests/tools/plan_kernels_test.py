@@ -1,9 +1,12 @@
 """Kernels of a program are found, weighed once each by their schedules, and counted as often as they run."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from tools import chips, plan_compile, plan_kernels, plan_predict, plan_read
@@ -56,7 +59,7 @@ def test_a_loop_whose_turns_are_not_known_counts_once_and_is_told():
 # Programs -------------------------------------------------------------------------------------------------------------
 
 
-def times(x, factor=2.0):
+def times(x, factor=2.0, memory=None):
     """A kernel of four steps on TPU, and another on CPU."""
 
     def kernel(x, out):
@@ -70,7 +73,9 @@ def times(x, factor=2.0):
             kernel, out_shape=shape, grid=grid, in_specs=[block], out_specs=block, name="times", **keywords
         )
 
-    return jax.lax.platform_dependent(x, cpu=run(rows=4, interpret=True), tpu=run())
+    return jax.lax.platform_dependent(
+        x, cpu=run(rows=4, interpret=True), tpu=run(compiler_params=pltpu.CompilerParams(vmem_limit_bytes=memory))
+    )
 
 
 def text_of(function, *shapes):
@@ -113,6 +118,14 @@ def test_kernels_count_as_often_as_they_run_and_equal_ones_are_compiled_once(ask
     assert kernel_cycles(lambda x: times(times(x, 3.0)), ROWS) == 2_000_000
     assert kernel_cycles(times, jax.ShapeDtypeStruct((64, 128), jnp.float32)) == 1_000_000
     assert [each.steps for each in asked] == [4, 4, 8]
+
+
+def test_a_kernel_alone_has_the_fast_memory_that_it_asked_for(asked):
+    kernel_cycles(lambda x: times(times(x, 3.0, memory=48 * 2**20)), ROWS)
+    given = [json.loads(each.config) for each in asked]
+    memory = [config["scoped_memory_configs"] for config in given if "scoped_memory_configs" in config]
+    assert len(asked) == 2
+    assert [int(each["size"]) for (each,) in memory] == [48 * 2**20]
 
 
 def test_a_conditional_counts_its_dearest_branch_and_a_program_without_kernels_none(asked):
