@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tools.bench_measure import BenchError, Session
+from train.__main__ import HUGE_PAGES
 
 BENCHES = ("window", "equivariant", "hopfield", "input", "checkpoint")
 
@@ -46,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--processor-time", action="store_true", help="instead of the clock's, on a machine in use; with --threads 1"
     )
+    parser.add_argument(
+        "--small-pages", action="store_true", help="memory as processes get it by default, not in huge pages (Linux)"
+    )
     options = parser.parse_args(given)
     rounds = (2 if options.quick else 5) if options.rounds is None else options.rounds
     for name, value in (("rounds", rounds), ("threads", options.threads)):
@@ -63,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def report(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    session = Session(rounds, 0.01 if options.quick else 0.1, options.threads, options.processor_time, report)
+    least, allocator = 0.01 if options.quick else 0.1, "" if options.small_pages else HUGE_PAGES
+    session = Session(rounds, least, options.threads, options.processor_time, allocator, report)
     before = load_average()
     try:
         page = module.bench(session, tuple(options.against), options.quick)

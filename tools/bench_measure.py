@@ -27,6 +27,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from train.__main__ import HUGE_PAGES
+
 OURS = "jaxlayers"
 BLUE, ORANGE, GREEN, RED, GREY = "#2f6fb0", "#e08a1e", "#3a9a5b", "#c0392b", "#8a8f98"
 
@@ -195,7 +197,7 @@ class _Worker:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env={**os.environ, "JAX_PLATFORMS": "cpu", **job.environment},
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": session.allocator, **job.environment},
             start_new_session=True,
         )
         self.programs: list[dict[str, Any]] = []
@@ -271,6 +273,7 @@ class Session:
       threads: processor cores of each process.
       processor_time: count the time of the processor instead of the clock's: what other processes take of a busy
         machine is then in no figure, and neither is what threads of one process gain.
+      allocator: settings of the C library's allocator for all processes, as `GLIBC_TUNABLES` holds them.
       report: called with a line when something is done.
       failures: of optional contenders, by label.
     """
@@ -279,6 +282,7 @@ class Session:
     least: float
     threads: int
     processor_time: bool = False
+    allocator: str = HUGE_PAGES
     report: Callable[[str], None] = lambda line: None
     failures: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -600,6 +604,8 @@ class Page:
         rounds = f"{session.rounds} interleaved rounds; load average {loads[0]:.1f} before and {loads[1]:.1f} after"
         if session.processor_time:
             rounds += "; times are the processor's, not the clock's, since other work ran on the machine"
+        if session.allocator:
+            rounds += f"; memory of all contenders in huge pages (`GLIBC_TUNABLES={session.allocator}`)"
         parts = [f"# {self.title}", f"    {command}"]
         facts = [f"- Machine: {machine(session.threads)}.", f"- Versions: {versions(self.packages)}.", f"- {rounds}."]
         if self.product:

@@ -12,6 +12,10 @@ from pathlib import Path
 
 # JAX is imported in `main`, after the arguments: --devices must set the platform before.
 
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
+"""Asks the C library for huge pages, which it reads when a process starts. XLA allocates the memory between a step's
+first and last operation anew for each step, and on a CPU every page of it costs a fault."""
+
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
@@ -65,6 +69,13 @@ def step_range(text: str) -> tuple[int, int]:
     if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
         raise argparse.ArgumentTypeError(f"{text!r} must be two steps in order, as 10:20")
     return int(first), int(last)
+
+
+def ask_for_huge_pages() -> None:
+    """Start this process again, as itself, with memory in huge pages, unless `GLIBC_TUNABLES` says what to do."""
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = HUGE_PAGES
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def use_virtual_devices(count: int) -> None:
@@ -140,4 +151,5 @@ def refuse(reason: str) -> int:
 
 
 if __name__ == "__main__":
+    ask_for_huge_pages()
     sys.exit(main())

@@ -1,14 +1,18 @@
 """Depthwise convolution whose gradient is right on every device mesh."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jaxlayers.core.dtypes import at_least_float32
+
+MOST_SHIFTS = 128
+"""Numbers of a kernel up to which a CPU adds up shifted maps: the program grows with them."""
 
 
 def depthwise_conv(
@@ -28,7 +32,10 @@ def depthwise_conv(
     The derivative by the kernel is a sum over shifted maps instead of the grouped convolution that JAX would take. For
     that one the partitioner adds up the shares of all devices, also of those that hold copies of the same part of the
     batch: on a mesh with axes that do not split the batch its result is too large by the product of their lengths
-    (seen with JAX 0.10.2 and 0.12.0). The price is memory for `columns` times the map in the backward pass.
+    (seen with JAX 0.10.2 and 0.12.0). The price is memory for `columns` times the map while it is made.
+
+    On a CPU all of it is sums of shifted maps, which its compiler fuses: with 7 x 7 kernels 10 to 30 times as fast as
+    its grouped convolution, forwards and backwards (`docs/benchmarks/window.md` has whole models).
 
     Args:
       x: a map, channels last.
@@ -98,6 +105,44 @@ def as_general_conv(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _depthwise_conv(x: Any, kernel: Any, stride: int, padding: str) -> Array:
+    return _by_platform(_gather, x, kernel, stride, padding)
+
+
+@_depthwise_conv.defjvp
+def _depthwise_conv_jvp(
+    stride: int, padding: str, primals: tuple[Any, Any], tangents: tuple[Any, Any]
+) -> tuple[Array, Array]:
+    x, kernel = primals
+    dx, dkernel = tangents
+    # What the transpose makes of the map is made again there, not kept from the forward pass.
+    by_kernel = jax.checkpoint(
+        lambda x, dkernel: jax.lax.platform_dependent(
+            x,
+            dkernel,
+            cpu=functools.partial(_by_kernel_in_turn, stride=stride, padding=padding),
+            default=functools.partial(_by_kernel_at_once, stride=stride, padding=padding),
+        ),
+        prevent_cse=False,
+    )
+    by_x = _by_platform(_scatter, dx, kernel, stride, padding)
+    # The transposes add up all pixels of the batch, which half precision would not survive.
+    wide = dkernel.astype(at_least_float32(x.dtype))
+    return _by_platform(_gather, x, kernel, stride, padding), by_x + by_kernel(x, wide)
+
+
+def _by_platform(shifts: Callable[..., Array], x: Any, kernel: Any, stride: int, padding: str) -> Array:
+    """Convolve as a CPU does best, a fused sum of shifted maps, and elsewhere by what the platform has."""
+    if kernel.shape[0] * kernel.shape[1] > MOST_SHIFTS:
+        return _convolve(x, kernel, stride, padding)
+    return jax.lax.platform_dependent(
+        x,
+        kernel,
+        cpu=functools.partial(shifts, stride=stride, padding=padding),
+        default=functools.partial(_convolve, stride=stride, padding=padding),
+    )
+
+
+def _convolve(x: Array, kernel: Array, stride: int, padding: str) -> Array:
     return jax.lax.conv_general_dilated(
         x,
         kernel,
@@ -108,24 +153,71 @@ def _depthwise_conv(x: Any, kernel: Any, stride: int, padding: str) -> Array:
     )
 
 
-@_depthwise_conv.defjvp
-def _depthwise_conv_jvp(
-    stride: int, padding: str, primals: tuple[Any, Any], tangents: tuple[Any, Any]
-) -> tuple[Array, Array]:
-    x, kernel = primals
-    dx, dkernel = tangents
+def _gather(x: Array, kernel: Array, stride: int, padding: str) -> Array:
+    """Return the sum of shifted maps, each by a number of the kernel."""
+    padded, (height, width) = _padded(x, kernel, padding)
+    wide = at_least_float32(x.dtype)
+    out: Any = 0
+    for row, column in np.ndindex(kernel.shape[:2]):
+        rows, columns = slice(row, row + height, stride), slice(column, column + width, stride)
+        out = out + padded[:, rows, columns].astype(wide) * kernel[row, column, 0].astype(wide)
+    return out.astype(x.dtype)
+
+
+def _scatter(x: Array, kernel: Array, stride: int, padding: str) -> Array:
+    """Return what `_gather` does, in a form whose transpose by `x` is one fused sum of shifted maps.
+
+    Every pixel is handed to the places whose sum it enters; so the transpose collects, as `_gather` does.
+    """
+    rows, columns = kernel.shape[:2]
+    wide = at_least_float32(x.dtype)
+    padded, (height, width) = _padded(x, kernel, padding)
+    padded = padded.astype(wide)
+    out: Any = 0
+    for row, column in np.ndindex(rows, columns):
+        product = padded * kernel[row, column, 0].astype(wide)
+        out = out + jnp.pad(product, ((0, 0), (rows - 1 - row, row), (columns - 1 - column, column), (0, 0)))
+    kept = out[:, rows - 1 : rows - 1 + height : stride, columns - 1 : columns - 1 + width : stride]
+    return kept.astype(x.dtype)
+
+
+def _by_kernel_in_turn(x: Array, kernel: Array, *, stride: int, padding: str) -> Array:
+    """Convolve a row of the result at a time, so that the transpose by the kernel adds up row after row.
+
+    Its sums have the size of a row for each number of the kernel, [batch, rows, new width, features] `columns` times,
+    and stay in a CPU's cache; a reduction over whole maps for each number is tens of times slower there.
+    """
+    padded, (height, width) = _padded(x, kernel, padding)
+    rows, columns = kernel.shape[:2]
+    count = len(range(0, width, stride))
+    spread = [jnp.broadcast_to(kernel[:, column], (x.shape[0], rows, count, x.shape[-1])) for column in range(columns)]
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def line(spread: list[Array], padded: Array, start: Array) -> Array:
+        seen = jax.lax.dynamic_slice_in_dim(padded, start, rows, 1).astype(kernel.dtype)
+        parts = (seen[:, :, column : column + width : stride] * spread[column] for column in range(columns))
+        return jnp.sum(functools.reduce(jnp.add, parts), axis=1)
+
+    starts = jnp.arange(0, height, stride)
+    _, out = jax.lax.scan(lambda carry, start: (carry, line(spread, padded, start)), None, starts)
+    return jnp.moveaxis(out, 0, 1).astype(x.dtype)
+
+
+def _by_kernel_at_once(x: Array, kernel: Array, *, stride: int, padding: str) -> Array:
+    """Convolve by maps shifted along the columns, summed a row of the kernel at a time, which compiles fast."""
+    padded, (height, width) = _padded(x, kernel, padding)
+    # [columns, batch, padded height, new width, features]
+    shifted = jnp.stack([padded[:, :, column : column + width : stride] for column in range(kernel.shape[1])])
+    sums = (
+        jnp.sum(shifted[:, :, row : row + height : stride].astype(kernel.dtype) * kernel[row, :, None, None], axis=0)
+        for row in range(kernel.shape[0])
+    )
+    return functools.reduce(jnp.add, sums).astype(x.dtype)
+
+
+def _padded(x: Array, kernel: Array, padding: str) -> tuple[Array, tuple[int, int]]:
+    """Return the map with the zeros that the kernel sees, and how far it can move along both sides."""
     rows, columns = kernel.shape[:2]
     margin = (rows // 2, columns // 2) if padding == "SAME" else (0, 0)
     padded = jnp.pad(x, ((0, 0), (margin[0],) * 2, (margin[1],) * 2, (0, 0)))
-    height, width = padded.shape[1] - rows + 1, padded.shape[2] - columns + 1
-    # [columns, batch, padded height, new width, features]: one sum a row of the kernel, which compiles fast.
-    shifted = jnp.stack([padded[:, :, column : column + width : stride] for column in range(columns)])
-    # The transpose of this adds up all pixels of the batch, which half precision would not survive.
-    wide = at_least_float32(x.dtype)
-    dkernel = dkernel.astype(wide)
-    by_kernel = sum(
-        jnp.sum(shifted[:, :, row : row + height : stride].astype(wide) * dkernel[row, :, None, None], axis=0)
-        for row in range(rows)
-    )
-    out = _depthwise_conv(x, kernel, stride, padding)
-    return out, _depthwise_conv(dx, kernel, stride, padding) + jnp.asarray(by_kernel, x.dtype)
+    return padded, (padded.shape[1] - rows + 1, padded.shape[2] - columns + 1)

@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxlayers.ops import depthwise
 from jaxlayers.ops.depthwise import as_general_conv, depthwise_conv
 
 
@@ -83,6 +84,39 @@ def test_strides_without_padding_equal_the_plain_convolution_with_its_derivative
     np.testing.assert_allclose(ours(jnp.asarray(x), jnp.asarray(kernel)), theirs(x, kernel), atol=1e-5)
     for found, expected in zip(gradients(ours)(x, kernel), gradients(theirs)(x, kernel), strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "steps"), [((3, 5), (1, "SAME")), ((3, 5), (1, "VALID")), ((2, 3), (2, "VALID"))])
+def test_forms_for_a_processor_equal_those_for_accelerators(rng, size, steps):
+    stride, padding = steps
+    x, kernel = jnp.asarray(draw(rng, 2, 8, 9, 4)), jnp.asarray(draw(rng, *size, 1, 4))
+    expected = depthwise._convolve(x, kernel, *steps)
+    for form in (depthwise._gather, depthwise._scatter):
+        np.testing.assert_allclose(form(x, kernel, *steps), expected, atol=1e-5)
+    out = jnp.asarray(draw(rng, *expected.shape))
+    (by_x,) = jax.linear_transpose(lambda x: depthwise._convolve(x, kernel, *steps), x)(out)
+    for form in (depthwise._gather, depthwise._scatter):
+        (found,) = jax.linear_transpose(lambda x, form=form: form(x, kernel, *steps), x)(out)
+        np.testing.assert_allclose(found, by_x, atol=1e-5)
+    (by_kernel,) = jax.vjp(lambda kernel: depthwise._convolve(x, kernel, *steps), kernel)[1](out)
+    for linear in (depthwise._by_kernel_in_turn, depthwise._by_kernel_at_once):
+        form = functools.partial(linear, x, stride=stride, padding=padding)
+        np.testing.assert_allclose(form(kernel), expected, atol=1e-5)
+        np.testing.assert_allclose(jax.vjp(form, kernel)[1](out)[0], by_kernel, atol=1e-4)
+
+
+def test_kernels_of_more_numbers_than_are_worth_a_sum_are_convolved(rng):
+    x, kernel = draw(rng, 1, 14, 14, 2), draw(rng, 13, 13, 1, 2)
+    assert kernel.shape[0] * kernel.shape[1] > depthwise.MOST_SHIFTS
+    np.testing.assert_allclose(depthwise_conv(jnp.asarray(x), jnp.asarray(kernel)), plain(x, kernel), atol=1e-4)
+    for found, expected in zip(gradients(depthwise_conv)(x, kernel), gradients(plain)(x, kernel), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+def test_backward_pass_keeps_the_map_and_no_copies_of_it(rng):
+    x, kernel = jnp.asarray(draw(rng, 2, 16, 16, 4)), jnp.asarray(draw(rng, 7, 7, 1, 4))
+    _, pull = jax.vjp(depthwise_conv, x, kernel)
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(pull)) <= 1.1 * (x.nbytes + kernel.nbytes)
 
 
 @pytest.mark.parametrize("shape", [{"data": 8}, {"data": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}])

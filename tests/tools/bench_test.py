@@ -223,7 +223,7 @@ def test_page_has_its_parts_in_order_and_no_path_of_the_machine(tmp_path):
     assert text.startswith("# Title\n\n    python -m tools.bench window\n\n- Machine: 1 core of ")
     versions = re.search(r"- Versions: (.*)\.\n", text)[1]
     assert re.fullmatch(r"python [\d.]+, numpy [\d.]+, git (none|[0-9a-f]{12}(\+changes)?)", versions)
-    assert "2 interleaved rounds; load average 0.5 before and 1.0 after" in text
+    assert "2 interleaved rounds; load average 0.5 before and 1.0 after; memory of all contenders in huge pages" in text
     assert "a float32 product of 10 x 10 in the same run: 4e-06 GFLOP/s (jax)" in text
     assert "- Left out: other: too slow" in text
     assert "- Beside theirs ours is faster in 1 of 1 comparisons, 2.50 to 2.50 times." in text
