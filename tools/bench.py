@@ -5,9 +5,9 @@ Command:  python -m tools.bench {window,equivariant,hopfield,input,checkpoint} [
 Contenders are processes that take turns (A B A B ...): what is told are medians, ratios round by round with their
 range, warm-up apart, peaks of memory, and time in shares of the machine's own matrix peak, measured in the same run.
 Curves come with the exponent that fits them. `--against` names what to measure beside; what is not installed is refused
-with what to install. `--docs docs` writes `benchmarks/NAME.md` and its picture. A whole run takes up to a quarter of an hour of
-two quiet cores; `--quick` shrinks everything to seconds, for a look at the form. What only this library has is measured
-by `tools.bench_memory`, `tools.bench_se3`, `tools.bench_convert` and `tools.bench_input` too, at any size.
+with what to install. `--docs docs` writes `benchmarks/NAME.md` and its picture. A whole run takes up to a quarter of an
+hour of two quiet cores; `--quick` shrinks everything to seconds, for a look at the form. What only this library has is
+measured by `tools.bench_memory`, `tools.bench_se3`, `tools.bench_convert` and `tools.bench_input` too, at any size.
 """
 
 import argparse

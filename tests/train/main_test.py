@@ -18,7 +18,7 @@ import pytest
 from tests.train import shared_cache
 from tests.train.config_test import TINY
 from train import loop
-from train.__main__ import main, use_virtual_devices
+from train.__main__ import HUGE_PAGES, main, use_virtual_devices
 from train.checkpoint import Checkpointer
 from train.config import MeshShape, load
 
@@ -292,3 +292,21 @@ def test_devices_flag_replaces_an_earlier_one(monkeypatch):
 def test_the_command_imports_no_jax_before_it_has_read_its_arguments():
     code = "import sys, train.__main__; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("given", [None, "glibc.malloc.check=0"], ids=["unset", "set"])
+def test_the_command_asks_for_huge_pages_unless_told_how_to_allocate(tmp_path, given):
+    config = tmp_path / "tell.py"
+    config.write_text("import os\nraise ValueError(f\"tunables: {os.environ.get('GLIBC_TUNABLES')}\")\n")
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "GLIBC_TUNABLES"}
+    done = subprocess.run(
+        [sys.executable, "-u", "-m", "train", str(config), "--print"],
+        cwd=ROOT,
+        env=environment | ({} if given is None else {"GLIBC_TUNABLES": given}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    expected = given or (HUGE_PAGES if sys.platform == "linux" else None)
+    assert f"tunables: {expected}" in done.stderr
