@@ -61,8 +61,8 @@ class Size:
         return block(self.heads, self.window, self.shift, dtype=jnp.bfloat16)
 
 
-# The stages of Swin-T at 224 pixels, the first of a Swin at 256, the third of Swin-B, windows of 12, and the stages of
-# Swin V2-T at 256 pixels with the third of Swin V2-B.
+# Stages of Swin-T at 224 pixels, the first of a Swin at 256, the third of Swin-B, windows of 12, and the stages of Swin
+# V2-T at 256 pixels with the third of Swin V2-B.
 SIZES = (
     Size(56, 96, 3),
     Size(56, 96, 3, shifted=True),
@@ -75,6 +75,7 @@ SIZES = (
     Size(32, 192, 6, window=8, shifted=True, version=2),
     Size(16, 384, 12, window=8, shifted=True, version=2),
     Size(16, 512, 16, window=8, shifted=True, version=2),
+    Size(8, 768, 24, window=8, version=2),
 )
 
 

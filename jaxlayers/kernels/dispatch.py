@@ -48,7 +48,7 @@ MOST_PROJECTION = 2**16
 """Of the weights of a projection that `pallas_project` serves."""
 MOST_BLOCK_TOKENS = 64
 """Of a window that `pallas_window_block` serves."""
-MOST_BLOCK_FEATURES = 512
+MOST_BLOCK_FEATURES = 768
 """Of tokens that `pallas_window_block` serves: its weights and their gradients stay in fast memory."""
 
 # Part of the key of JAX's tracing caches: a jitted function is traced again under another value.
@@ -80,6 +80,7 @@ class Row:
 # By the TPU compiler's estimates, see docs/decisions/window_kernel.md; on no other platform is there a kernel.
 WINDOW_TABLE: tuple[Row, ...] = (Row("tpu", tokens=(49, 144), dim=(32, 32)),)
 BLOCK_TABLE: tuple[Row, ...] = (Row("tpu", tokens=(49, 64), dim=(32, 32), features=(96, 512)),)
+COSINE_BLOCK_TABLE: tuple[Row, ...] = (Row("tpu", tokens=(49, 64), dim=(32, 32), features=(96, 768)),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +213,9 @@ def edge_kernel(outputs: int, degree: int, dtype: Any) -> Kernel:
     return "pallas" if fits and not refusal and dtype == jnp.float32 else "jnp"
 
 
-def block_kernel(tokens: int, heads: int, features: int, dtype: Any, dropout_rate: float) -> Kernel:
+def block_kernel(
+    tokens: int, heads: int, features: int, dtype: Any, dropout_rate: float, *, cosine: bool = False
+) -> Kernel:
     """Return which kernel computes an attention within windows together with its projections, and the norm before it.
 
     "pallas" takes it where it serves and refuses nothing: the rest is left to `window_kernel`.
@@ -223,6 +226,7 @@ def block_kernel(tokens: int, heads: int, features: int, dtype: Any, dropout_rat
       features: of a token.
       dtype: of queries, keys and values.
       dropout_rate: of the weights.
+      cosine: scores are cosines, and a norm is one of the result.
     """
     choice, platform = _scope.value
     platform = platform or jax.default_backend()
@@ -234,7 +238,8 @@ def block_kernel(tokens: int, heads: int, features: int, dtype: Any, dropout_rat
     if _refusal(tokens, dtype, dropout_rate, platform) or _parts(heads, axes.HEADS) > 1:
         return "jnp"
     # Only bfloat16 was weighed.
-    fits = dtype == jnp.bfloat16 and any(row.fits(platform, tokens, features // heads, features) for row in BLOCK_TABLE)
+    table = COSINE_BLOCK_TABLE if cosine else BLOCK_TABLE
+    fits = dtype == jnp.bfloat16 and any(row.fits(platform, tokens, features // heads, features) for row in table)
     return "pallas" if choice == "pallas" or fits else "jnp"
 
 

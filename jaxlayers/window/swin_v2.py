@@ -254,7 +254,7 @@ class CosineWindowAttention(nn.Module):
         tau = self.param("logit_scale", constant(math.log(10.0)), (self.num_heads,), self.param_dtype)
         scale = jnp.exp(jnp.minimum(tau.astype(wide), _MAX_LOGIT_SCALE))
         dropout_rate = 0.0 if deterministic else self.attention_dropout_rate
-        if dispatch.block_kernel(x.shape[-2], self.num_heads, features, dtype, dropout_rate) == "pallas":
+        if dispatch.block_kernel(x.shape[-2], self.num_heads, features, dtype, dropout_rate, cosine=True) == "pallas":
             # It takes over a second to import.
             from jaxlayers.kernels import pallas_window_block
 
@@ -446,7 +446,8 @@ class SwinV2Block(nn.Module):
         # What is dropped out of the result is so before the norm.
         affine = plain_norm(norm, x) if deterministic or not self.dropout_rate else None
         tokens, given = math.prod(window), None
-        if affine is not None and dispatch.block_kernel(tokens, self.num_heads, features, x.dtype, rate) == "pallas":
+        kernel = dispatch.block_kernel(tokens, self.num_heads, features, x.dtype, rate, cosine=True)
+        if affine is not None and kernel == "pallas":
             given = (*norm_weights(features, affine, name="norm1"), affine.epsilon)
         y = CosineWindowAttention(
             self.num_heads,

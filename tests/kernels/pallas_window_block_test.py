@@ -247,14 +247,15 @@ def test_only_plain_norms_of_whole_windows_are_computed_by_the_kernel():
 
 
 def test_the_table_takes_the_block_on_tpu_alone_and_refuses_nothing():
-    def kernel(choice, platform="tpu", tokens=49, heads=3, features=96, dtype=jnp.bfloat16, dropout_rate=0.0):
+    def kernel(choice, platform="tpu", tokens=49, heads=3, features=96, dtype=jnp.bfloat16, dropout_rate=0.0, **kind):
         with dispatch.use(choice, platform=platform):
-            return dispatch.block_kernel(tokens, heads, features, dtype, dropout_rate)
+            return dispatch.block_kernel(tokens, heads, features, dtype, dropout_rate, **kind)
 
     assert dispatch.block_kernel(49, 3, 96, jnp.bfloat16, 0.0) == "jnp"
     assert kernel("table") == kernel("pallas") == kernel("pallas", "cpu", tokens=4) == "pallas"
     assert kernel("table", "cpu") == kernel("table", dtype=jnp.float32) == kernel("table", tokens=4) == "jnp"
-    assert kernel("table", features=768, heads=24) == kernel("pallas", features=768, heads=24) == "jnp"
+    assert kernel("table", features=768, heads=24) == kernel("pallas", features=1024, heads=32) == "jnp"
+    assert kernel("table", features=768, heads=24, cosine=True) == kernel("pallas", features=768, heads=24) == "pallas"
     assert kernel("pallas", tokens=144) == kernel("pallas", dropout_rate=0.1) == kernel("pallas", "gpu") == "jnp"
     assert kernel("pallas", heads=0) == kernel("pallas", heads=5) == kernel("pallas", heads=24) == "jnp"
     with jax.set_mesh(mesh()), nn.logical_axis_rules(((axes.HEADS, "model"),)):
@@ -295,6 +296,7 @@ def test_blocks_split_over_batch_and_windows_equal_unsplit_ones_and_send_gradien
         (4, 64, True, False, problem, True),
         (3, 64, True, True, cosine_problem, False),
         (16, 64, False, True, cosine_problem, False),
+        (24, 64, False, True, cosine_problem, False),
         (2, 16, False, False, cosine_problem, True),
     ],
 )
