@@ -123,8 +123,9 @@ def window_block(
     elif affine is not None:
         # The result has then no mean to take out.
         out, row = (_wide(each) - jnp.mean(_wide(each), axis=-1, keepdims=True) for each in (out, row))
+    weights = jnp.swapaxes(weights, 1, 2).reshape(3 * inner, -1).astype(x.dtype)
     powers = None if scale is None else _wide(scale) * math.log2(math.e)
-    operands = (weights, columns.reshape(-1), _wide(out), row, _wide(bias) * math.log2(math.e))
+    operands = (weights, columns.reshape(-1), out.astype(x.dtype), row, _wide(bias) * math.log2(math.e))
     return _block(names, None if norm is None else epsilon, x, *operands, powers, affine, blocked)
 
 
@@ -232,10 +233,6 @@ class _Plan:
         """Return `x` with an even number of windows."""
         return jnp.pad(x, ((0, 2 * self.pairs - len(x)), (0, 0), (0, 0)))
 
-    def pack_weights(self, weights: Any) -> Any:
-        """Return projections `[3, features, inner]` as `[3 x inner, features]` of the tokens' dtype."""
-        return jnp.swapaxes(weights.astype(self.dtype), 1, 2).reshape(3 * self.inner, self.features)
-
     def pack_bias(self, bias: Any) -> Any:
         """Return the bias as `[heads, keys, 2 x queries]`, where keys that fill up are blocked."""
         wide = jnp.pad(jnp.swapaxes(bias, 1, 2), ((0, 0), (0, 0), (0, _SIDE - self.tokens)))
@@ -334,7 +331,6 @@ def _forward(
     shape = x.shape
     x, blocked = (None if each is None else each.reshape(-1, *each.shape[-2:]) for each in (x, blocked))
     plan = _Plan.of(x, bias, out, blocked, epsilon, scale, affine)
-    weights, out = plan.pack_weights(weights), out.astype(plan.dtype)
 
     def kernel(dot: Any, x: Any, weights: Any, columns: Any, out: Any, out_shift: Any, bias: Any, *rest: Any) -> None:
         scale, affine, mask, (result,) = plan.sorted_out(rest)
@@ -384,7 +380,6 @@ def _backward(
     )
     plan = _Plan.of(x, bias, out, blocked, epsilon, scale, affine)
     inner, dtype = plan.inner, plan.dtype
-    weights, out = plan.pack_weights(weights), out.astype(dtype)
 
     def kernel(
         dot: Any,
@@ -511,7 +506,7 @@ def _backward(
     of_scale = math.log(2) * jnp.sum(of_rest[0], axis=(1, 2)) if plan.cosine else None
     return (
         of_tokens[: len(x)].reshape(shape),
-        jnp.swapaxes((of_weights * factors[:, None]).reshape(3, inner, -1), 1, 2),
+        of_weights * factors[:, None],
         jnp.sum(of_columns, axis=1) * factors,
         of_out[:inner],
         of_out[inner],
