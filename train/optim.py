@@ -11,9 +11,7 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from jaxlayers.core.dtypes import at_least_float32
 from train.config import Optim
-from train.mesh import AXES
 
 UNDECAYED = re.compile(r"(bias|scale|beta|gamma|embedding|_table|pos_embed|position|cls|token|temperature)s?$")
 """Names that are not decayed by default: what shifts, scales or looks up rather than mixes."""
@@ -85,7 +83,7 @@ def build(optim: Optim, steps: int) -> tuple[optax.GradientTransformation, optax
         return jax.tree_util.tree_map_with_path(lambda path, leaf: not skip(path_name(path), leaf), params)
 
     parts = [
-        *([] if optim.clip_norm is None else [_clip(optim.clip_norm)]),
+        *([] if optim.clip_norm is None else [optax.clip_by_global_norm(optim.clip_norm)]),
         moments[optim.name](),
         optax.add_decayed_weights(optim.weight_decay, mask=decayed),
         *([] if optim.layer_decay == 1.0 else [_layer_decay(optim)]),
@@ -96,31 +94,6 @@ def build(optim: Optim, steps: int) -> tuple[optax.GradientTransformation, optax
         return optax.chain(*parts), rate
     kinds = {"trained": optax.chain(*parts), "frozen": optax.set_to_zero()}
     return optax.partition(kinds, lambda params: _labels(optim, params)), rate
-
-
-def global_norm(tree: Any) -> jax.Array:
-    """Return the root of the sum of all squares in a tree of arrays, in float32 or better.
-
-    Where no parameter is split over devices, all vectors and scalars are summed as one: on a TPU a sum for each bias
-    and each norm's weights takes hundreds of times as long as their numbers do.
-    """
-    leaves = [leaf.astype(at_least_float32(leaf.dtype)) for leaf in jax.tree.leaves(tree)]
-    sizes = jax.sharding.get_abstract_mesh().shape
-    if all(sizes.get(name, 1) == 1 for name in AXES if name != "data"):
-        small = [leaf.reshape(-1) for leaf in leaves if leaf.ndim < 2]
-        leaves = [leaf for leaf in leaves if leaf.ndim > 1] + ([jnp.concatenate(small)] if small else [])
-    return optax.global_norm(leaves)
-
-
-def _clip(most: float) -> optax.GradientTransformation:
-    """Scale updates down to that norm, as `optax.clip_by_global_norm` does, with the norm that the step logs."""
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        del params
-        factor = jnp.minimum(1.0, most / jnp.maximum(global_norm(updates), most))
-        return jax.tree.map(lambda leaf: (leaf * factor).astype(leaf.dtype), updates), state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def frozen(optim: Optim, params: Any) -> Any:

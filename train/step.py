@@ -94,7 +94,7 @@ def train_step(config: Config, transform: optax.GradientTransformation, learning
         )
         updates, opt_state = transform.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics["gradient_norm"] = optim.global_norm(gradients)
+        metrics["gradient_norm"] = optax.global_norm(gradients)
         metrics["learning_rate"] = jnp.asarray(learning_rate(state.step), jnp.float32)
         new = dataclasses.replace(
             state,

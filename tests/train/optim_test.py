@@ -1,14 +1,12 @@
 """Schedules at their corners, and which parameters are decayed, slowed and clipped."""
 
 import itertools
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType
 
 from train import optim
 from train.config import Optim
@@ -183,22 +181,3 @@ def test_patterns_that_match_nothing_are_refused(params, settings, message):
 def test_bad_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         optim.build(settings, 10)
-
-
-def test_norm_joins_vectors_only_where_no_parameter_is_split_and_is_that_of_all_numbers():
-    tree = {"kernel": jnp.arange(6.0).reshape(2, 3), "bias": jnp.asarray([3.0, -4.0], jnp.bfloat16), "t": jnp.ones(())}
-    expected = math.sqrt(sum(float(jnp.sum(jnp.square(leaf.astype(jnp.float32)))) for leaf in tree.values()))
-    for shape, sums in (({"data": 8, "fsdp": 1}, 2), ({"data": 4, "fsdp": 2}, 3)):
-        with jax.set_mesh(jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * 2)):
-            norm = jax.jit(optim.global_norm)
-            assert float(norm(tree)) == pytest.approx(expected)
-            assert str(jax.make_jaxpr(optim.global_norm)(tree)).count("reduce_sum") == sums
-    assert optim.global_norm({"kernel": jnp.ones((2, 2))}) == 2
-
-
-def test_clipping_equals_that_of_optax(params):
-    gradients = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size, dtype=leaf.dtype)).reshape(leaf.shape), params)
-    for most in (0.1, 1e6):
-        found, _ = optim._clip(most).update(gradients, optax.EmptyState())
-        expected, _ = optax.clip_by_global_norm(most).update(gradients, optax.EmptyState())
-        jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-6), found, expected)
