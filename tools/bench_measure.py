@@ -640,8 +640,8 @@ class Page:
 READING = """
 Every contender is a process of its own with the same number of processor cores; the processes take turns, and before
 each turn a program runs once uncounted, as one of many steps in a row does. A turn's time is the median of the rounds.
-A ratio is their time over ours in the same round: the median, with the smallest and the
-largest. An exponent is the slope of the logarithms.
+A ratio is their time over ours in the same round: the median, with the smallest and the largest. An exponent is the
+slope of the logarithms.
 """
 COLUMNS = """
 "First turn" is compilation and the first run, which no other figure contains. "Memory" is the most that the process

@@ -73,7 +73,7 @@ def step_range(text: str) -> tuple[int, int]:
 
 def ask_for_huge_pages() -> None:
     """Start this process again, as itself, with memory in huge pages, unless `GLIBC_TUNABLES` says what to do."""
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+    if sys.platform == "linux" and sys.executable and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = HUGE_PAGES
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
