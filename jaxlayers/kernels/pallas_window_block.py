@@ -61,11 +61,14 @@ def window_block(
     norm: tuple[Float[Array, "features"], Float[Array, "features"]] | None = None,
     norm_first: bool = True,
     epsilon: float = 1e-5,
+    residual: bool = False,
+    factor: Float[Array, "*batch"] | None = None,
     names: tuple[str, ...] = (axes.WINDOWS,),
 ) -> Float[Array, "*windows tokens features"]:
     """Return softmax(Q K^T / sqrt(d) + B) V W_out + b_out of every window, with Q, K, V linear in norm(x).
 
-    With a scale t it is softmax(t cos(Q, K) + B) V W_out + b_out; the norm can be one of the result instead.
+    With a scale t it is softmax(t cos(Q, K) + B) V W_out + b_out; the norm can be one of the result instead. As a
+    residual branch it is x + factor * that, in one pass.
 
     Differentiable once, in reverse mode, with respect to all but the mask; sums and statistics are in float32, products
     of what is rounded to the dtype of `x`. On CPU the kernels are interpreted, which is slow and meant for tests. With
@@ -83,14 +86,16 @@ def window_block(
       norm: scale and offset of a layer norm; `None` = none.
       norm_first: the norm is one of the tokens; else one of the result.
       epsilon: added to the norm's variances.
+      residual: add x.
+      factor: what each example's branch is multiplied by before x is added; no gradient goes to it. `None` = 1.
       names: logical axes of the windows, one or more, which the mask has too.
 
     Returns:
       An array like `x`.
 
     Raises:
-      ValueError: if a window has too many tokens, the heads do not divide the inner features, or the mask is not one
-        for each window or for all.
+      ValueError: if a window has too many tokens, the heads do not divide the inner features, the mask is not one for
+        each window or for all, or the factor is not one for each example of a residual branch.
     """
     heads, tokens, _ = bias.shape
     *leading, _, _ = x.shape
@@ -104,6 +109,11 @@ def window_block(
         mask.ndim != len(wanted) or any(size not in (1, full) for size, full in zip(mask.shape, wanted, strict=True))
     ):
         raise ValueError(f"mask of shape {mask.shape} must be {wanted}, or 1 where windows share one; pass such")
+    if factor is not None and (not residual or factor.shape != tuple(leading[: len(leading) - len(names)])):
+        raise ValueError(
+            f"factor of shape {factor.shape} must be {tuple(leading[: len(leading) - len(names)])}, one for each "
+            f"example of a residual branch, with residual={residual}; set both"
+        )
     mask = None if mask is None else jnp.broadcast_to(mask, wanted)
     blocked = None if mask is None else jnp.where(mask, 0, jnp.asarray(_BLOCKED, jnp.bfloat16))
 
@@ -126,46 +136,48 @@ def window_block(
     weights = jnp.swapaxes(weights, 1, 2).reshape(3 * inner, -1).astype(x.dtype)
     powers = None if scale is None else _wide(scale) * math.log2(math.e)
     operands = (weights, columns.reshape(-1), out.astype(x.dtype), row, _wide(bias) * math.log2(math.e))
-    return _block(names, None if norm is None else epsilon, x, *operands, powers, affine, blocked)
+    factor = None if factor is None else _wide(factor)
+    return _block(names, None if norm is None else epsilon, residual, x, *operands, powers, affine, blocked, factor)
 
 
 # Forward and backward, on all devices ---------------------------------------------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _block(names: tuple[str, ...], epsilon: float | None, *operands: Any) -> Any:
-    return _keep(names, epsilon, *operands)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _block(names: tuple[str, ...], epsilon: float | None, residual: bool, *operands: Any) -> Any:
+    return _keep(names, epsilon, residual, *operands)[0]
 
 
-def _keep(names: tuple[str, ...], epsilon: float | None, *operands: Any) -> tuple[Any, Any]:
+def _keep(names: tuple[str, ...], epsilon: float | None, residual: bool, *operands: Any) -> tuple[Any, Any]:
     split = _Split.of(names, operands[0].shape, 1)
     tokens, specs = _specs(split)
-    return split.on_devices(functools.partial(_forward, epsilon), specs, tokens)(*operands), operands
+    return split.on_devices(functools.partial(_forward, epsilon, residual), specs, tokens)(*operands), operands
 
 
-def _return(names: tuple[str, ...], epsilon: float | None, kept: Any, gradient: Any) -> tuple[Any, ...]:
+def _return(names: tuple[str, ...], epsilon: float | None, residual: bool, kept: Any, gradient: Any) -> tuple[Any, ...]:
     split = _Split.of(names, gradient.shape, 1)
     tokens, specs = _specs(split)
 
     def local(*operands: Any) -> tuple[Any, ...]:
-        of_tokens, *shared = _backward(epsilon, *operands)
+        of_tokens, *shared = _backward(epsilon, residual, *operands)
         # Each device has those of the parameters from its own windows.
         others = tuple(name for each in split.leading for name in each)
         return of_tokens, *(jax.lax.psum(shared, others) if others else shared)
 
-    found = split.on_devices(local, (*specs, tokens), specs[:-1])(*kept, gradient.astype(kept[0].dtype))
-    pairs = zip(found, kept[:-1], strict=True)
-    return *(None if x is None else one.astype(x.dtype) for one, x in pairs), None
+    found = split.on_devices(local, (*specs, tokens), specs[:-2])(*kept, gradient.astype(kept[0].dtype))
+    pairs = zip(found, kept[:-2], strict=True)
+    return *(None if x is None else one.astype(x.dtype) for one, x in pairs), None, None
 
 
 _block.defvjp(_keep, _return)
 
 
 def _specs(split: _Split) -> tuple[PartitionSpec, tuple[PartitionSpec, ...]]:
-    """Return how tokens are split, and how all operands are: tokens, what all windows share, masks."""
+    """Return how tokens are split, and how all operands are: tokens, what all windows share, masks, factors."""
     leading = [each or None for each in split.leading]
-    tokens = PartitionSpec(*leading)
-    return tokens, (tokens, *(PartitionSpec(),) * 7, PartitionSpec(*leading[-split.groups :]))
+    tokens, batch = PartitionSpec(*leading), len(leading) - split.groups
+    of_masks, of_factors = PartitionSpec(*leading[batch:]), PartitionSpec(*leading[:batch])
+    return tokens, (tokens, *(PartitionSpec(),) * 7, of_masks, of_factors)
 
 
 # On one device --------------------------------------------------------------------------------------------------------
@@ -187,6 +199,8 @@ class _Plan:
       epsilon: of the norm; `None` = there is none.
       cosine: scores are cosines times a scale of each head.
       norms_last: the norm is one of the result.
+      residual: tokens are added to the result.
+      windows: of an example, where each has a factor; else 0.
     """
 
     pairs: int
@@ -200,9 +214,22 @@ class _Plan:
     epsilon: float | None
     cosine: bool
     norms_last: bool
+    residual: bool
+    windows: int
 
     @classmethod
-    def of(cls, x: Any, bias: Any, out: Any, blocked: Any, epsilon: float | None, scale: Any, affine: Any) -> "_Plan":
+    def of(
+        cls,
+        x: Any,
+        bias: Any,
+        out: Any,
+        blocked: Any,
+        factor: Any,
+        epsilon: float | None,
+        scale: Any,
+        affine: Any,
+        residual: bool,
+    ) -> "_Plan":
         """Return the plan for tokens `[windows, tokens, features]`."""
         windows, tokens, features = x.shape
         heads, pairs = len(bias), -(-windows // 2)
@@ -212,7 +239,8 @@ class _Plan:
         pair_block = max(count for count in counts if not masks or masks % count == 0 or count % masks == 0)
         masks = masks and max(masks, pair_block)
         sizes = pairs, tokens, features, heads, len(out) // heads, pair_block, masks
-        return cls(*sizes, x.dtype, epsilon, scale is not None, affine is not None)
+        of_example = 0 if factor is None else windows // factor.size
+        return cls(*sizes, x.dtype, epsilon, scale is not None, affine is not None, residual, of_example)
 
     @property
     def inner(self) -> int:
@@ -269,6 +297,7 @@ class _Plan:
         tokens: Sequence[Any],
         shared: Sequence[Any],
         masks: Sequence[Any],
+        factor: Any,
         gradients: Sequence[tuple[int, ...]],
         *,
         products: int,
@@ -276,29 +305,43 @@ class _Plan:
         """Run a kernel over all blocks.
 
         Args:
-          kernel: takes a product of matrices, and references to tokens, to what is shared, to masks, to the result and
-            to gradients.
+          kernel: takes a product of matrices, the factors of a block's windows, and references to tokens, to what is
+            shared, to masks, to the result and to gradients.
           name: of the kernel.
           tokens: arrays `[windows, tokens, features]`.
           shared: what every block reads.
           masks: what `pack_masks` returns, or nothing.
+          factor: of each example, or `None`.
           gradients: shapes of what all blocks add to.
           products: products of each weight and each score, for the estimate of costs.
         """
-        of_tokens = pl.BlockSpec((2 * self.pair_block, *tokens[0].shape[1:]), lambda block: (block, 0, 0))
+        block_windows = 2 * self.pair_block
+        of_tokens = pl.BlockSpec((block_windows, *tokens[0].shape[1:]), lambda block, *_: (block, 0, 0))
         turns = max(1, self.masks // self.pair_block)
         of_masks = pl.BlockSpec(
-            (self.pair_block, self.keys, 2 * _SIDE), lambda block: (jax.lax.rem(block, turns), 0, 0)
+            (self.pair_block, self.keys, 2 * _SIDE), lambda block, *_: (jax.lax.rem(block, turns), 0, 0)
         )
         results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in gradients]
+        # The window that makes their number even is of one example more.
+        scalars = [] if factor is None else [jnp.pad(factor.reshape(-1), (0, 1))]
         operands, out = (*tokens, *shared, *masks), [jax.ShapeDtypeStruct(tokens[0].shape, self.dtype), *results]
         count = 2 * self.pairs * self.tokens
+
+        def scaled(dot: Any, *refs: Any) -> None:
+            if factor is None:
+                return kernel(dot, None, *refs)
+            first = pl.program_id(0) * block_windows
+            return kernel(dot, [refs[0][(first + each) // self.windows] for each in range(block_windows)], *refs[1:])
+
         run = functools.partial(
             pl.pallas_call,
             out_shape=out,
-            grid=(self.pairs // self.pair_block,),
-            in_specs=[of_tokens] * len(tokens) + [_everywhere(x.shape) for x in shared] + [of_masks] * len(masks),
-            out_specs=[of_tokens, *(_everywhere(shape) for shape in gradients)],
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=len(scalars),
+                grid=(self.pairs // self.pair_block,),
+                in_specs=[of_tokens] * len(tokens) + [_everywhere(x.shape) for x in shared] + [of_masks] * len(masks),
+                out_specs=[of_tokens, *(_everywhere(shape) for shape in gradients)],
+            ),
             compiler_params=pltpu.CompilerParams(vmem_limit_bytes=_MEMORY),
             cost_estimate=pl.CostEstimate(
                 flops=2 * products * count * self.inner * (2 * self.features + self.tokens),
@@ -308,16 +351,17 @@ class _Plan:
             name=name,
         )
         # Which of the two is lowered is known only then: code for a TPU may be compiled where there is none.
-        on_cpu = run(functools.partial(kernel, _exact_dot), interpret=True)
-        return jax.lax.platform_dependent(*operands, cpu=on_cpu, tpu=run(functools.partial(kernel, _dot)))
+        on_cpu = run(functools.partial(scaled, _exact_dot), interpret=True)
+        return jax.lax.platform_dependent(*scalars, *operands, cpu=on_cpu, tpu=run(functools.partial(scaled, _dot)))
 
 
 def _everywhere(shape: tuple[int, ...]) -> pl.BlockSpec:
-    return pl.BlockSpec(shape, lambda block: (0,) * len(shape))
+    return pl.BlockSpec(shape, lambda *_: (0,) * len(shape))
 
 
 def _forward(
     epsilon: float | None,
+    residual: bool,
     x: Any,
     weights: Any,
     columns: Any,
@@ -327,12 +371,15 @@ def _forward(
     scale: Any,
     affine: Any,
     blocked: Any,
+    factor: Any,
 ) -> Any:
     shape = x.shape
     x, blocked = (None if each is None else each.reshape(-1, *each.shape[-2:]) for each in (x, blocked))
-    plan = _Plan.of(x, bias, out, blocked, epsilon, scale, affine)
+    plan = _Plan.of(x, bias, out, blocked, factor, epsilon, scale, affine, residual)
 
-    def kernel(dot: Any, x: Any, weights: Any, columns: Any, out: Any, out_shift: Any, bias: Any, *rest: Any) -> None:
+    def kernel(
+        dot: Any, factors: Any, x: Any, weights: Any, columns: Any, out: Any, out_shift: Any, bias: Any, *rest: Any
+    ) -> None:
         scale, affine, mask, (result,) = plan.sorted_out(rest)
         pairs = range(plan.pair_block)
         tokens, _ = _normed(plan, [_transposed(x, pair) for pair in pairs])
@@ -351,17 +398,18 @@ def _forward(
         found = [dot(out[...], z, 1, 0) + out_shift[...] for z in columns_of]
         if plan.norms_last:
             found = [y * affine[0][0] + affine[0][1] for y in _unit(plan.epsilon, found)[0]]
-        _write(plan, result, found)
+        _write(plan, result, found, x, factors)
 
     shared = (weights, _columns(columns), out.T, _columns(out_shift), plan.pack_bias(bias))
     shared += plan.pack_rest(scale, affine)
     masks = () if blocked is None else (plan.pack_masks(blocked),)
-    (result,) = plan.call(kernel, "window_block", (plan.pad(x),), shared, masks, (), products=2)
+    (result,) = plan.call(kernel, "window_block", (plan.pad(x),), shared, masks, factor, (), products=2)
     return result[: len(x)].reshape(shape)
 
 
 def _backward(
     epsilon: float | None,
+    residual: bool,
     x: Any,
     weights: Any,
     columns: Any,
@@ -371,18 +419,20 @@ def _backward(
     scale: Any,
     affine: Any,
     blocked: Any,
+    factor: Any,
     gradient: Any,
 ) -> tuple[Any, ...]:
-    """Return the gradients of all but the masks."""
+    """Return the gradients of all but the masks and the factors."""
     shape = x.shape
     x, blocked, gradient = (
         None if each is None else each.reshape(-1, *each.shape[-2:]) for each in (x, blocked, gradient)
     )
-    plan = _Plan.of(x, bias, out, blocked, epsilon, scale, affine)
+    plan = _Plan.of(x, bias, out, blocked, factor, epsilon, scale, affine, residual)
     inner, dtype = plan.inner, plan.dtype
 
     def kernel(
         dot: Any,
+        factors: Any,
         x: Any,
         gradient: Any,
         weights: Any,
@@ -429,7 +479,7 @@ def _backward(
                 context |= mixed([z.astype(dtype) for z in first[2]], diagonals, cells)
             seen = [_joined(plan, context, pair).astype(dtype) for pair in pairs]
             units, lengths = _unit(plan.epsilon, [dot(out[...], z, 0, 0) + out_shift[...] for z in seen])
-            received_by = [_transposed(gradient, pair) for pair in pairs]
+            received_by = [_transposed(gradient, pair, factors) for pair in pairs]
             by_affine[0][0] += functools.reduce(jnp.add, [y * z for y, z in zip(received_by, units, strict=True)])
             by_affine[0][1] += functools.reduce(jnp.add, received_by)
             by_units = [y * affine[0][0] for y in received_by]
@@ -439,7 +489,7 @@ def _backward(
             gradients = [z.T for z in by_units]
             by_context = [dot(out[...], z, 1, 0) for z in by_units]
         else:
-            gradients = [_rows(gradient, pair).astype(dtype) for pair in pairs]
+            gradients = [_rows(gradient, pair, factors).astype(dtype) for pair in pairs]
             by_context = [dot(out[...], z, 1, 1) for z in gradients]
         by_query: _Found = {}
         by_key: _Found = {}
@@ -489,7 +539,7 @@ def _backward(
         if plan.norms_first:
             common = [jnp.mean(z * y, axis=0, keepdims=True) for z, y in zip(by_rows, tokens, strict=True)]
             by_rows = [r * (z - y * c) for r, z, y, c in zip(inverses, by_rows, tokens, common, strict=True)]
-        _write(plan, by_tokens, by_rows)
+        _write(plan, by_tokens, by_rows, gradient)
 
     # Of the factor log(2) of powers of two, the gradients of queries and keys are free until here.
     free = 1.0 if plan.cosine else math.log(2)
@@ -500,8 +550,9 @@ def _backward(
     masks = () if blocked is None else (plan.pack_masks(blocked),)
     shapes = [weights.shape, (3 * inner, 2 * _SIDE), (inner + _ONES, plan.features), shared[-1].shape]
     shapes += [each.shape for each in rest]
+    tokens = (plan.pad(x), plan.pad(gradient))
     of_tokens, of_weights, of_columns, of_out, of_bias, *of_rest = plan.call(
-        kernel, "window_block_backward", (plan.pad(x), plan.pad(gradient)), shared + rest, masks, shapes, products=5
+        kernel, "window_block_backward", tokens, shared + rest, masks, factor, shapes, products=5
     )
     of_scale = math.log(2) * jnp.sum(of_rest[0], axis=(1, 2)) if plan.cosine else None
     return (
@@ -536,10 +587,12 @@ def _cells(plan: _Plan) -> Iterator[list[tuple[int, int]]]:
         yield cells[first : first + _CELLS]
 
 
-def _rows(ref: Any, pair: int) -> Any:
-    """Return a pair's tokens `[2 x 64, features]` in float32; those that fill up are zero."""
-    windows = (_filled(_wide(ref[2 * pair + side])) for side in range(2))
-    return jnp.concatenate(list(windows), axis=0)
+def _rows(ref: Any, pair: int, factors: Sequence[Any] | None = None) -> Any:
+    """Return a pair's tokens `[2 x 64, features]` in float32, times their factors; those that fill up are zero."""
+    windows = [_filled(_wide(ref[2 * pair + side])) for side in range(2)]
+    if factors is not None:
+        windows = [x * factors[2 * pair + side] for side, x in enumerate(windows)]
+    return jnp.concatenate(windows, axis=0)
 
 
 def _filled(x: Any) -> Any:
@@ -548,8 +601,8 @@ def _filled(x: Any) -> Any:
     return jnp.concatenate([x, jnp.zeros((missing, x.shape[1]), x.dtype)], axis=0) if missing else x
 
 
-def _transposed(ref: Any, pair: int) -> Any:
-    return _rows(ref, pair).T
+def _transposed(ref: Any, pair: int, factors: Sequence[Any] | None = None) -> Any:
+    return _rows(ref, pair, factors).T
 
 
 def _normed(plan: _Plan, tokens: Sequence[Any]) -> tuple[list[Any], list[Any]]:
@@ -613,8 +666,12 @@ def _softmax(
     return [x * (1 / jnp.sum(x, axis=0, keepdims=True)) for x in powers]
 
 
-def _write(plan: _Plan, ref: Any, columns: Sequence[Any]) -> None:
-    """Write pairs `[features, 2 x 64]`, without what fills up."""
+def _write(plan: _Plan, ref: Any, columns: Sequence[Any], onto: Any, factors: Sequence[Any] | None = None) -> None:
+    """Write pairs `[features, 2 x 64]` without what fills up, times their factors, and added to those of a residual."""
     for pair, x in enumerate([x.T for x in columns]):
         for side in range(2):
-            ref[2 * pair + side] = x[side * _SIDE : side * _SIDE + plan.tokens].astype(ref.dtype)
+            window = 2 * pair + side
+            found = x[side * _SIDE : side * _SIDE + plan.tokens]
+            found = found if factors is None else found * factors[window]
+            found = found + _wide(onto[window]) if plan.residual else found
+            ref[window] = found.astype(ref.dtype)

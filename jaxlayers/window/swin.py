@@ -32,7 +32,7 @@ from jaxlayers.nn.learned_table import learned_table
 from jaxlayers.nn.multi_head import attention_weights, merge_heads, split_heads
 from jaxlayers.nn.patch_embed import PatchEmbed
 from jaxlayers.nn.weights import dense_weights, norm_weights, plain_norm
-from jaxlayers.nn.window_maps import add_windows, cut_and_keep, cut_windows, join_windows
+from jaxlayers.nn.window_maps import add_windows, cut_windows, join_windows
 from jaxlayers.ops.halo import map_split, window_mask, window_names
 from jaxlayers.ops.patches import pad_to_multiple, project_normed_patches, split_shape, to_patches
 from jaxlayers.ops.resample import resample_patch_kernel, resample_relative_table
@@ -130,6 +130,8 @@ class WindowAttention(nn.Module):
         *,
         window: tuple[int, ...] | None = None,
         norm: tuple[Array, Array, float] | None = None,
+        residual: bool = False,
+        factor: Float[Array, "*batch"] | None = None,
         names: tuple[str, ...] = (axes.WINDOWS,),
         deterministic: bool = True,
     ) -> Float[Array, "*batch windows tokens features"]:
@@ -141,6 +143,8 @@ class WindowAttention(nn.Module):
           window: the window in use, at most `window_size` along each axis; `None` takes `window_size`.
           norm: scale, offset and epsilon of a layer norm of the tokens, only where `kernels.dispatch.block_kernel`
             takes the kernel that computes it too; `None` = the tokens are used as they are.
+          residual: return x + factor * the result, likewise only there.
+          factor: what the result of each example is multiplied by then; `None` = 1.
           names: logical axes of the windows (last), one or, where they are split over devices, one for each axis
             of the map; `mask` then has as many.
           deterministic: no dropout.
@@ -196,11 +200,14 @@ class WindowAttention(nn.Module):
                 mask,
                 norm=None if norm is None else norm[:2],
                 epsilon=0.0 if norm is None else norm[2],
+                residual=residual,
+                factor=factor,
                 names=names,
             )
-        if norm is not None:
+        if norm is not None or residual:
             raise ValueError(
-                f"norm={norm} must be None where dispatch takes no kernel that computes it; norm the input"
+                f"norm={norm} must be None and residual={residual} False where dispatch takes no kernel that computes "
+                "them; norm the input, add to the result"
             )
         if dispatch.window_kernel(x.shape[-2], features // self.num_heads, dtype, dropout_rate) == "pallas":
             # It takes over a second to import.
@@ -350,9 +357,10 @@ class SwinBlock(nn.Module):
         tokens, given = math.prod(window), None
         if affine is not None and dispatch.block_kernel(tokens, self.num_heads, features, x.dtype, rate) == "pallas":
             given = (*norm_weights(features, affine, name="norm1"), affine.epsilon)
-            y, x = cut_and_keep(x, window, amount, split)
-        else:
-            y = cut_windows(norm(name="norm1")(x), window, amount, split)
+        # Dropout is between the result and the sum, which is in the dtype of the map.
+        dtype = nn.dtypes.canonicalize_dtype(x, jnp.zeros((), self.param_dtype), dtype=self.dtype)
+        residual = given is not None and dtype == x.dtype and (deterministic or not self.dropout_rate)
+        factor = drop_path.factor(batch, drop_path_rate, deterministic=deterministic) if residual else None
         y = WindowAttention(
             self.num_heads,
             window_size=full_window,
@@ -360,14 +368,18 @@ class SwinBlock(nn.Module):
             name="attention",
             **common,
         )(
-            y,
+            cut_windows(x if given else norm(name="norm1")(x), window, amount, split),
             window_mask(size, window, amount, split, mask_padding=self.mask_padding),
             window=window,
             norm=given,
+            residual=residual,
+            factor=factor,
             names=window_names(split),
             deterministic=deterministic,
         )
-        if deterministic or not self.dropout_rate:
+        if residual:
+            x = join_windows(y, size, window, amount, split)
+        elif deterministic or not self.dropout_rate:
             x = add_windows(x, y, window, amount, split, drop_path, drop_path_rate, deterministic=deterministic)
         else:
             y = nn.Dropout(self.dropout_rate)(join_windows(y, size, window, amount, split), deterministic=False)

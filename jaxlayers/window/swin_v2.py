@@ -29,7 +29,7 @@ from jaxlayers.nn.feed_forward import FeedForward, add_feed_forward
 from jaxlayers.nn.multi_head import attention_weights, merge_heads, split_heads
 from jaxlayers.nn.patch_embed import PatchEmbed
 from jaxlayers.nn.weights import dense_weights, norm_weights, plain_norm
-from jaxlayers.nn.window_maps import add_windows, cut_and_keep, join_windows
+from jaxlayers.nn.window_maps import add_windows, cut_and_keep, cut_windows, join_windows
 from jaxlayers.ops.halo import map_split, window_mask, window_names
 from jaxlayers.ops.patches import pad_to_multiple, project_patches, split_shape, to_patches
 from jaxlayers.ops.windows import fit_window, relative_position_bias
@@ -210,6 +210,8 @@ class CosineWindowAttention(nn.Module):
         mask: Bool[Array, "*#grid tokens tokens"] | None = None,
         *,
         norm: tuple[Array, Array, float] | None = None,
+        residual: bool = False,
+        factor: Float[Array, "*batch"] | None = None,
         names: tuple[str, ...] = (axes.WINDOWS,),
         deterministic: bool = True,
     ) -> Float[Array, "*batch windows tokens features"]:
@@ -220,6 +222,8 @@ class CosineWindowAttention(nn.Module):
           mask: true where a query (second axis) may attend to a key (last axis); each query to at least one.
           norm: scale, offset and epsilon of a layer norm of the result, only where `kernels.dispatch.block_kernel`
             takes the kernel that computes it too; `None` = the result stays as it is.
+          residual: return x + factor * the result, likewise only there.
+          factor: what the result of each example is multiplied by then; `None` = 1.
           names: logical axes of the windows (last), one or, where they are split over devices, one for each axis
             of the map; `mask` then has as many.
           deterministic: no dropout.
@@ -275,11 +279,14 @@ class CosineWindowAttention(nn.Module):
                 norm=None if norm is None else norm[:2],
                 norm_first=False,
                 epsilon=0.0 if norm is None else norm[2],
+                residual=residual,
+                factor=factor,
                 names=names,
             )
-        if norm is not None:
+        if norm is not None or residual:
             raise ValueError(
-                f"norm={norm} must be None where dispatch takes no kernel that computes it; norm the result"
+                f"norm={norm} must be None and residual={residual} False where dispatch takes no kernel that computes "
+                "them; norm the result and add to it"
             )
         query, key = (
             dense(use_bias=with_bias, name=name)(x) for name, with_bias in (("query", self.use_bias), ("key", False))
@@ -441,7 +448,6 @@ class SwinV2Block(nn.Module):
         drop_path = DropPath(self.drop_path_rate, batch_ndim=len(batch))
 
         split = map_split(x.shape, window)
-        y, x = cut_and_keep(x, window, amount, split)
         rate = 0.0 if deterministic else self.attention_dropout_rate
         # What is dropped out of the result is so before the norm.
         affine = plain_norm(norm, x) if deterministic or not self.dropout_rate else None
@@ -449,6 +455,11 @@ class SwinV2Block(nn.Module):
         kernel = dispatch.block_kernel(tokens, self.num_heads, features, x.dtype, rate, cosine=True)
         if affine is not None and kernel == "pallas":
             given = (*norm_weights(features, affine, name="norm1"), affine.epsilon)
+        # The sum is in the dtype of the map.
+        dtype = nn.dtypes.canonicalize_dtype(x, jnp.zeros((), self.param_dtype), dtype=self.dtype)
+        residual = given is not None and dtype == x.dtype
+        factor = drop_path.factor(batch, drop_path_rate, deterministic=deterministic) if residual else None
+        y, x = (cut_windows(x, window, amount, split), x) if residual else cut_and_keep(x, window, amount, split)
         y = CosineWindowAttention(
             self.num_heads,
             window_size=window,
@@ -460,10 +471,14 @@ class SwinV2Block(nn.Module):
             y,
             window_mask(size, window, amount, split, mask_padding=self.mask_padding),
             norm=given,
+            residual=residual,
+            factor=factor,
             names=window_names(split),
             deterministic=deterministic,
         )
-        if given is None:
+        if residual:
+            x = join_windows(y, size, window, amount, split)
+        elif given is None:
             y = nn.Dropout(self.dropout_rate)(join_windows(y, size, window, amount, split), deterministic=deterministic)
             x = x + drop_path(norm(name="norm1")(y), drop_path_rate, deterministic=deterministic)
         else:
