@@ -330,8 +330,9 @@ class _Plan:
         def scaled(dot: Any, *refs: Any) -> None:
             if factor is None:
                 return kernel(dot, None, *refs)
-            first = pl.program_id(0) * block_windows
-            return kernel(dot, [refs[0][(first + each) // self.windows] for each in range(block_windows)], *refs[1:])
+            places = (pl.program_id(0) * block_windows + each for each in range(block_windows))
+            # Of numbers that are not negative; `//` asks for their sign, whose lowering asks for a TPU.
+            return kernel(dot, [refs[0][jax.lax.div(place, self.windows)] for place in places], *refs[1:])
 
         run = functools.partial(
             pl.pallas_call,
