@@ -85,10 +85,11 @@ def loaded(name: str, *, smoke: bool = False) -> Any:
     """Return the config of a file, or one for a variant that `jaxlayers.list_models` names.
 
     A variant is planned in bfloat16, with AdamW and a record for each device; `--batch-per-chip` and `--set` change
-    that. With classes it classifies, without them it fits an array like its output by least squares.
+    that. It classifies if it returns a score for each of its classes; else the mean square of all that it returns is
+    made small.
 
     Raises:
-      ValueError: if there is neither, or the variant takes more than one input or does not return one array.
+      ValueError: if there is neither.
     """
     from train import config as configs
 
@@ -99,24 +100,48 @@ def loaded(name: str, *, smoke: bool = False) -> Any:
     import jaxlayers
     from train import tasks
 
-    model = jaxlayers.create_model(name)
-    inputs = jaxlayers.abstract_inputs(name)
-    classes = getattr(model, "num_classes", 0)
-    wanted: Any = None
-    if len(inputs) == 1 and not classes:
-        wanted = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x)[0], *inputs)
-    if len(inputs) != 1 or not (classes or isinstance(wanted, jax.ShapeDtypeStruct)):
-        raise ValueError(f"{name!r} must take one input and return one array to be planned by name; write a config")
+    model, inputs = jaxlayers.create_model(name), jaxlayers.abstract_inputs(name)
+    classes = getattr(model, "num_classes", None)
+    found = jax.eval_shape(lambda *given: model.init_with_output(jax.random.key(0), *given)[0], *inputs)
     if hasattr(model, "dtype"):
         model = model.clone(dtype="bfloat16")
-    image = (inputs[0].shape[1:], inputs[0].dtype.name)
-    if classes:
-        data = Zeros({"image": image, "label": ((), "int32")})
-        task = tasks.classification(classes, inputs=("image",), label="label")
+    fields = [f"input_{place}" for place in range(len(inputs))]
+    # A memory that all examples share has another length; here it is a part of each record all the same.
+    shared = [x.shape[:1] != inputs[0].shape[:1] for x in inputs]
+    shapes = {
+        field: (x.shape if alike else x.shape[1:], x.dtype.name)
+        for field, x, alike in zip(fields, inputs, shared, strict=True)
+    }
+
+    def given(batch: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(batch[field][0] if alike else batch[field] for field, alike in zip(fields, shared, strict=True))
+
+    scores = isinstance(found, jax.ShapeDtypeStruct) and found.shape == (inputs[0].shape[0], classes)
+    if scores and not any(shared):
+        shapes["label"] = ((), "int32")
+        task = tasks.classification(classes, inputs=fields)
     else:
-        data = Zeros({"image": image, "target": (wanted.shape[1:], "float32")})
-        task = tasks.regression(inputs=("image",), target="target")
-    return configs.Config(model, task, data, data, steps=1000, batch_size=1, title=name)
+        task = _least_squares(given)
+    return configs.Config(model, task, Zeros(shapes), Zeros(shapes), steps=1000, batch_size=1, title=name)
+
+
+def _least_squares(given: Any) -> Any:
+    """Return the task of making small what a model returns; `given` picks its inputs from a batch."""
+    import jax
+    import jax.numpy as jnp
+
+    from train import config as configs
+
+    def squares(apply: Any, batch: Mapping[str, Any]) -> Any:
+        leaves = [leaf for leaf in jax.tree.leaves(apply(*given(batch))) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+        total = sum(jnp.mean(jnp.square(jnp.abs(leaf).astype(jnp.float32))) for leaf in leaves)
+        return jnp.broadcast_to(total, batch["input_0"].shape[:1])
+
+    return configs.Task(
+        inputs=given,
+        loss=lambda apply, batch, key: (squares(apply, batch), {}),
+        evaluate=lambda apply, batch: configs.Evaluated({"loss": squares(apply, batch)}),
+    )
 
 
 def resolved(job: Job) -> Any:

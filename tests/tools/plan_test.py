@@ -159,16 +159,24 @@ def test_records_come_from_the_small_form_where_the_data_is_missing(monkeypatch,
 def test_variants_are_planned_by_name():
     config = plan_compile.loaded("fit_6400")
     assert (config.model.image_size, config.model.remat, jnp.dtype(config.model.dtype)) == (6400, "full", jnp.bfloat16)
-    assert config.train_data[0]["image"].shape == (6400, 6400, 3)
-    with pytest.raises(ValueError, match="must take one input and return one array"):
-        plan_compile.loaded("fit_denoiser_64")
+    assert config.train_data[0]["input_0"].shape == (6400, 6400, 3)
+    assert config.task.num_classes == 1000
 
 
-def test_variants_without_classes_are_planned_by_name_as_a_fit_of_their_output():
-    job = plan_compile.Job("energy_transformer_base", "v5e:2x2", batch_size=8, compile=False)
+@pytest.mark.parametrize(
+    ("variant", "shapes"),
+    [
+        ("energy_transformer_base", {"input_0": (8, 197, 768)}),
+        ("se3_particles", {"input_0": (8, 5, 3), "input_1": (8, 5, 3), "input_2": (8, 5, 1)}),
+        # Its memory is shared by the batch, and its result has several parts.
+        ("hopular_small", {"input_0": (8, 31), "input_1": (8, 256, 31)}),
+    ],
+)
+def test_variants_that_are_no_classifiers_are_planned_by_name(variant, shapes):
+    job = plan_compile.Job(variant, "v5e:2x2", batch_size=8, compile=False)
     config = plan_compile.resolved(job)
     batch, _ = plan_compile.example(config, job)
-    assert {name: x.shape for name, x in batch.items()} == {"image": (8, 197, 768), "target": (8, 197, 768)}
+    assert {name: x.shape for name, x in batch.items()} == shapes
     assert plan_count.count(config, mesh_of(data=4), batch)["model_flops"] > 0
 
 
