@@ -259,8 +259,8 @@ class SE3Transformer(nn.Module):
         the edges given.
       basis_gradient: whether gradients with respect to positions run through the harmonics. Without, they still run
         through distances.
-      chunk: points whose edges are looked at together, see `jaxlayers.equivariant.fibers.over_chunks`; `None` =
-        all at once, and the basis is made once for all layers.
+      chunk: points whose edges are looked at together, see `jaxlayers.equivariant.fibers.over_chunks`, and whose
+        neighbours are found together; `None` = all at once, and the basis is made once for all layers.
       dtype: compute dtype; `None` infers it from input and parameters. Positions, harmonics and softmax are in float32
         or better.
       param_dtype: dtype of the parameters.
@@ -404,7 +404,7 @@ class SE3Transformer(nn.Module):
             return neighbours
         count = positions.shape[-2]
         if self.num_neighbours is not None:
-            return k_nearest(positions, min(self.num_neighbours, max(count - 1, 1)), mask=mask)
+            return k_nearest(positions, min(self.num_neighbours, max(count - 1, 1)), mask=mask, chunk=self.chunk)
         if count == 1:
             # A list of no entries is none that a softmax can be taken over.
             return Neighbours(jnp.zeros((*positions.shape[:-1], 1), int), jnp.zeros((*positions.shape[:-1], 1), bool))

@@ -42,6 +42,7 @@ def k_nearest(
     mask: Bool[Array, "*batch points"] | None = None,
     queries: Float[Array, "*batch queries d"] | None = None,
     include_self: bool = False,
+    chunk: int | None = None,
 ) -> Neighbours:
     """Return the k nearest points of every point, nearest first.
 
@@ -54,12 +55,14 @@ def k_nearest(
       mask: True = a point, False = padding, which is nobody's neighbour and has none.
       queries: other points to find the neighbours of; a list each. None of the points is left out then.
       include_self: count a point itself, as the first of its list.
+      chunk: points whose lists are found at a time, so that memory grows with `chunk` times the points and not with
+        their square; `None` = all. They are spread evenly over the cloud: such as are split over devices stay there.
 
     Returns:
       Lists `[*batch, points, k]` (`[*batch, queries, k]`).
 
     Raises:
-      ValueError: on a k that is not positive, or shapes that do not fit.
+      ValueError: on a k or a chunk that is not positive, or shapes that do not fit.
 
     Example:
       >>> import jax.numpy as jnp
@@ -69,6 +72,8 @@ def k_nearest(
     """
     if k < 1:
         raise ValueError(f"k={k} must be positive; ask for at least one neighbour")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk={chunk} must be positive, or None for all points at once; set chunk")
     _check(positions, mask)
     if queries is not None and (
         queries.ndim != positions.ndim
@@ -78,24 +83,50 @@ def k_nearest(
             f"queries of shape {queries.shape} must share batch axes and dimension with positions {positions.shape}; "
             "reshape them"
         )
-    return _k_nearest(positions, k, mask, queries, include_self)
+    return _k_nearest(positions, k, mask, queries, include_self, chunk)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 4))
+@functools.partial(jax.jit, static_argnums=(1, 4, 5))
 def _k_nearest(
-    positions: jax.Array, k: int, mask: jax.Array | None, queries: jax.Array | None, include_self: bool
+    positions: jax.Array,
+    k: int,
+    mask: jax.Array | None,
+    queries: jax.Array | None,
+    include_self: bool,
+    chunk: int | None,
 ) -> Neighbours:
     points = jax.lax.stop_gradient(positions)
     centres = points if queries is None else jax.lax.stop_gradient(queries)
-    rank = _rank(centres[..., :, None, :], points[..., None, :, :])
-    if queries is None:
-        itself = jnp.eye(points.shape[-2], dtype=bool)
-        rank = jnp.where(itself, -2 if include_self else jnp.inf, rank)
-        rank = _only(rank, mask)
-    if mask is not None:
-        rank = jnp.where(mask[..., None, :], rank, jnp.inf)
-    indices, found = _smallest(rank, k)
-    return Neighbours(indices, found)
+    axis, count = centres.ndim - 2, centres.shape[-2]
+
+    def lists(centres: jax.Array, places: jax.Array, asked: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        rank = _rank(centres[..., :, None, :], points[..., None, :, :])
+        if queries is None:
+            itself = places[:, None] == jnp.arange(points.shape[-2])
+            rank = jnp.where(itself, -2 if include_self else jnp.inf, rank)
+            rank = _only(rank, asked)
+        if mask is not None:
+            rank = jnp.where(mask[..., None, :], rank, jnp.inf)
+        return _smallest(rank, k)
+
+    every = centres, jnp.arange(count), mask
+    if chunk is None or chunk >= count:
+        return Neighbours(*lists(*every))
+    chunks = -(-count // chunk)
+    size = -(-count // chunks)
+
+    def cut(x: jax.Array, axis: int) -> jax.Array:
+        x = jnp.pad(x, [(0, size * chunks - count if at == axis else 0) for at in range(x.ndim)])
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], size, chunks, *x.shape[axis + 1 :]), axis + 1, 0)
+
+    def join(x: jax.Array) -> jax.Array:
+        x = jnp.moveaxis(x, 0, axis + 1)
+        x = x.reshape(*x.shape[:axis], size * chunks, *x.shape[axis + 2 :])
+        return jax.lax.slice_in_dim(x, 0, count, axis=axis)
+
+    # The mask is one of the points asked for only where these are the points.
+    parts = (cut(centres, axis), cut(every[1], 0), None if mask is None or queries is not None else cut(mask, axis))
+    return Neighbours(*(join(x) for x in jax.lax.map(lambda part: lists(*part), parts)))
 
 
 def within_radius(

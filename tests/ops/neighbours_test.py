@@ -104,6 +104,31 @@ def test_lists_turn_with_nothing_and_permute_with_the_points(rng):
     )
 
 
+@pytest.mark.parametrize("chunk", [1, 4, 5, 13, 40])
+def test_lists_found_in_chunks_are_those_found_at_once(rng, chunk):
+    positions = jnp.asarray(rng.integers(0, 3, size=(2, 13, 3)), jnp.float32)  # with ties
+    queries = jnp.asarray(rng.normal(size=(2, 7, 3)), jnp.float32)
+    mask = jnp.asarray(rng.random(size=(2, 13)) < 0.8)
+    for options in ({}, {"mask": mask}, {"include_self": True}, {"queries": queries, "mask": mask}):
+        whole, found = (k_nearest(positions, 4, **options, chunk=each) for each in (None, chunk))
+        np.testing.assert_array_equal(found.indices, whole.indices)
+        np.testing.assert_array_equal(found.mask, whole.mask)
+    with pytest.raises(ValueError, match="chunk=0 must be positive"):
+        k_nearest(positions, 4, chunk=0)
+
+
+def test_memory_of_chunks_grows_with_the_points_and_not_with_their_square():
+    def temporaries(points, chunk):
+        cloud = jax.ShapeDtypeStruct((points, 3), jnp.float32)
+        find = jax.jit(lambda x: k_nearest(x, 8, chunk=chunk))
+        return find.lower(cloud).compile().memory_analysis().temp_size_in_bytes
+
+    whole, chunked = ([temporaries(points, chunk) for points in (512, 2048)] for chunk in (None, 16))
+    assert whole[1] > 12 * whole[0]
+    assert chunked[1] < 5 * chunked[0]
+    assert chunked[1] < whole[1] / 50
+
+
 # within_radius ------------------------------------------------------------------------------------------------------
 
 
