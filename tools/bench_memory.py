@@ -20,6 +20,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tools.plan_compile import ENVIRONMENT
+
 DEVICES = 8
 
 
@@ -161,10 +163,8 @@ def in_a_process(name: str, size: Size, topology: str = "") -> dict[str, float]:
     if name in RUNS:
         environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={RUNS[name].devices}"
     else:
-        # What libtpu asks for on a machine that has no TPU.
         command += ["--topology", topology]
-        environment |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-16"}
-        environment |= {"TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+        environment |= ENVIRONMENT
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{name} ended with {done.returncode}:\n{done.stderr[-2000:]}")

@@ -43,7 +43,7 @@ class Entry:
 
     variant: str
     fields: tuple[str, ...] = ()
-    batch_size: int = 8
+    batch_size: int = 2
 
     @property
     def job(self) -> plan_compile.Job:
@@ -54,13 +54,80 @@ class Entry:
         )
 
 
-# Blocks with what joins two stages: the depths are cut, which changes how often a block is compiled, not what.
+# One of each family. Where a model is large its depths are cut, which changes how often a block is compiled, not what.
 ENTRIES = (
-    Entry("swin_tiny", ("depths=(2,2)", "num_heads=(3,6)")),
-    Entry("swin_v2_tiny_window8_256", ("depths=(2,2)", "num_heads=(3,6)")),
-    Entry("convnext_tiny", ("depths=(1,1)", "widths=(96,192)")),
-    Entry("tnt_small", ("depth=2",)),
-    Entry("shiftvit_tiny", ("depths=(1,1,1,1)",)),
+    Entry("apen"),
+    Entry("att_swin_unet", ("depths=(1,1)", "num_heads=(3,6)")),
+    Entry("axial_resnet26_small", ("depths=(1,1)",)),
+    Entry("axial_transformer_imagenet32", ("encoder_depth=2", "outer_depth=2", "inner_depth=2")),
+    Entry("canonical_gnn"),
+    Entry("canonical_pointnet"),
+    Entry("convnext_tiny", ("depths=(1,1)", "widths=(96,192)"), batch_size=8),
+    Entry("crossvit_tiny_240", ("num_encoders=1", "depths=(1,1)")),
+    Entry("cvt_13", ("depths=(1,1,1)",)),
+    Entry("deeprc"),
+    Entry("drct_x2", ("num_groups=1",)),
+    Entry("egnn_nbody"),
+    Entry("energy_transformer_base", ("num_steps=2",)),
+    Entry("fernn_v1"),
+    Entry("fit_640", ("layers='(1)1(1)'",)),
+    Entry("fit_ar_64", ("layers='(1)1(1)'",)),
+    Entry("fit_denoiser_64", ("layers='(1)1(1)'",)),
+    Entry("frame_averaging_gnn"),
+    Entry("frame_averaging_pointnet"),
+    Entry("group_cnn_d4", ("depths=(1,1)", "widths=(12,24)")),
+    Entry("hiera_tiny", ("depths=(1,1,1)",)),
+    Entry("hopfield_memory"),
+    Entry("hopfield_pooling_bag"),
+    Entry("hopfield_prototypes_tabular"),
+    Entry("hopular_small", ("depth=1",)),
+    Entry("lie_decomposition_sl2"),
+    Entry("lie_resnet_se2", ("features=(128,128)",)),
+    Entry("maxim_s1", ("depth=1", "bottleneck_depth=1", "num_scales=2")),
+    Entry("maxvit_tiny", ("depths=(1,1)", "embed_dim=(64,128)")),
+    Entry("moment_net_zernike"),
+    Entry("octahedral_cnn_32", ("depths=(1,1)", "widths=(2,4)")),
+    Entry("parot_modelnet40"),
+    Entry("parot_shapenet_parts"),
+    Entry("risurconv_modelnet40"),
+    Entry("risurconv_shapenet_parts"),
+    Entry("rmt_tiny", ("depths=(1,1,1,1)",)),
+    Entry("s2lic", ("depths=(1,1,1)", "num_slices=2")),
+    Entry("s_gcn"),
+    Entry("scattering_net_28"),
+    Entry("scene_transformer", ("depth=1", "decoder_depth=1")),
+    Entry("se3_assembly"),
+    Entry("se3_classifier"),
+    Entry("se3_particles"),
+    Entry("shiftvit_tiny", ("depths=(1,1,1,1)",), batch_size=8),
+    Entry("simmim_swin_base", ("encoder.depths=(1,1)", "encoder.num_heads=(4,8)")),
+    Entry("styleswin_256", ("features=(512,256,128)", "num_heads=(16,8,4)", "depth=1")),
+    Entry("styleswin_discriminator_256", ("features=(64,128,128,128,128,128)",), batch_size=4),
+    Entry(
+        "swin3d_small",
+        (
+            "depths=(1,1)",
+            "embed_dim=(48,96)",
+            "num_heads=(6,6)",
+            "window_sizes=(5,7)",
+            "strides=(3,)",
+            "quant_sizes=(4,8)",
+        ),
+    ),
+    Entry("swin_tiny", ("depths=(2,2)", "num_heads=(3,6)"), batch_size=8),
+    Entry("swin_unetr_2d", ("depths=(1,1)", "num_heads=(3,6)")),
+    Entry("swin_v2_tiny_window8_256", ("depths=(2,2)", "num_heads=(3,6)"), batch_size=8),
+    Entry("swinface"),
+    Entry("tinvnn_pointnet"),
+    Entry("tnt_small", ("depth=2",), batch_size=8),
+    Entry("turbovit_2427", ("depths=(1,1,1,1)",)),
+    Entry("umereg"),
+    Entry("vit_resnas_tiny"),
+    Entry("vn_dgcnn"),
+    Entry("vn_dgcnn_segmentation"),
+    Entry("vn_pointnet"),
+    Entry("vn_pointnet_segmentation"),
+    Entry("vn_small"),
 )
 
 

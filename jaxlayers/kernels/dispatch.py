@@ -169,14 +169,9 @@ def window_kernel(tokens: int, dim: int, dtype: Any, dropout_rate: float) -> Ker
         return "jnp"
     platform = platform or jax.default_backend()
     dtype = jnp.dtype(dtype)  # a field may have its name
-    refusal = _refusal(tokens, dtype, dropout_rate, platform)
-    if choice == "pallas":
-        if refusal:
-            raise ValueError(f"{refusal} with kernels='pallas'; choose 'table' or 'jnp'")
-        return "pallas"
-    fits = any(row.fits(platform, tokens, dim) for row in WINDOW_TABLE)
     # Only bfloat16 was weighed.
-    return "pallas" if fits and not refusal and dtype == jnp.bfloat16 else "jnp"
+    fits = dtype == jnp.bfloat16 and any(row.fits(platform, tokens, dim) for row in WINDOW_TABLE)
+    return _served(choice, fits, _refusal(tokens, dtype, dropout_rate, platform))
 
 
 def edge_kernel(outputs: int, degree: int, dtype: Any) -> Kernel:
@@ -199,18 +194,14 @@ def edge_kernel(outputs: int, degree: int, dtype: Any) -> Kernel:
     refusal = _platform_refusal(platform) or _dtype_refusal(dtype)
     if outputs > MOST_RADIAL_OUTPUTS:
         refusal = refusal or f"radial functions of {outputs} outputs must have at most {MOST_RADIAL_OUTPUTS}"
-    if choice == "pallas":
-        if refusal:
-            raise ValueError(f"{refusal} with kernels='pallas'; choose 'table' or 'jnp'")
-        return "pallas"
-    fits = any(
+    # Only float32 was weighed.
+    fits = dtype == jnp.float32 and any(
         platform == row.platform
         and row.degree[0] <= degree <= row.degree[1]
         and row.outputs[0] <= outputs <= row.outputs[1]
         for row in EDGE_TABLE
     )
-    # Only float32 was weighed.
-    return "pallas" if fits and not refusal and dtype == jnp.float32 else "jnp"
+    return _served(choice, fits, refusal)
 
 
 def block_kernel(
@@ -335,6 +326,13 @@ def project_kernel(tokens: int, features: int, out_features: int, dtype: Any) ->
         for name, (least, most), (fewest, greatest) in PROJECT_TABLE
     )
     return "pallas" if choice == "pallas" or fits else "jnp"
+
+
+def _served(choice: str, fits: bool, refusal: str) -> Kernel:
+    """Return the kernel of a call that a table's row fits or not; a refused one that was chosen is an error."""
+    if choice == "pallas" and refusal:
+        raise ValueError(f"{refusal} with kernels='pallas'; choose 'table' or 'jnp'")
+    return "pallas" if not refusal and (fits or choice == "pallas") else "jnp"
 
 
 def _parts(length: int, name: str) -> int:
