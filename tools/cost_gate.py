@@ -111,7 +111,6 @@ ENTRIES = (
             "num_heads=(6,6)",
             "window_sizes=(5,7)",
             "strides=(3,)",
-            "quant_sizes=(4,8)",
         ),
     ),
     Entry("swin_tiny", ("depths=(2,2)", "num_heads=(3,6)"), batch_size=8),
