@@ -104,6 +104,32 @@ def block_peak(x: np.ndarray, period: int) -> float:
     return float(np.mean(found))
 
 
+def spectral_peak(x: np.ndarray, period: int) -> float:
+    """Return how much the power spectrum stands out where a pattern of that period has its power.
+
+    It is the largest ratio of the power at a multiple of side / period to the geometric mean of that at the two
+    frequencies beside it; near 1 in a smooth spectrum. Lines at every border show in it. Seams between flat blocks do
+    not: a step function with steps at all borders has no power there, for which there is `block_peak`.
+
+    Raises:
+      ValueError: if the period does not divide the side, or leaves no frequency between its multiples.
+    """
+    side = x.shape[1]
+    if side % period or side < 2 * period or period < 3:
+        raise ValueError(
+            f"period={period} must be at least 3 and divide the side={side} twice or more; set period or crop"
+        )
+    power = power_spectrum(x)
+    places = np.arange(side // period, side // 2, side // period)
+    return float((power[places] / np.sqrt(power[places - 1] * power[places + 1])).max())
+
+
+def ruled(x: np.ndarray, period: int) -> np.ndarray:
+    """Return pictures with lines: the first row and column of each block of that side are brighter."""
+    first = np.arange(x.shape[1]) % period == 0
+    return x + 0.1 * (first[:, None] | first)[None, :, :, None]
+
+
 def blocked(x: np.ndarray, period: int) -> np.ndarray:
     """Return pictures with seams: each block of that side has a random brightness added."""
     blocks = [length // period for length in x.shape[1:3]]
@@ -226,7 +252,8 @@ class Score:
       halves: that of two halves of the training pictures.
       accuracy: of the feature network, on pictures it was not trained on.
       spectra: power of generated, training and blocked pictures by number of periods.
-      peaks: how much the windows' period stands out, of the same.
+      peaks: how much the windows' period stands out of the steps between neighbours, of the same.
+      lines: how much it stands out of the spectrum, of generated and training pictures and of such with lines.
       samples: number of pictures compared.
       seconds: of processor time of the training, if it was done here.
     """
@@ -236,6 +263,7 @@ class Score:
     accuracy: float
     spectra: dict[str, list[float]]
     peaks: dict[str, float]
+    lines: dict[str, float]
     samples: int
     seconds: float
 
@@ -280,14 +308,15 @@ def measure(data: Data, config: Config, folder: Path, samples: int, feature_step
         distances[step] = frechet_distance(features(pictures_of), known)
     last = list(made.values())[-1]
     kinds = {"generated": last, "training": real, "training, blocked": blocked(real, data.period)}
+    lined = {"generated": last, "training": real, "training, ruled": ruled(real, data.period)}
+    repeats = real.shape[1] >= 3 * data.period
     score = Score(
         distances=distances,
         halves=frechet_distance(known[::2], known[1::2]),
         accuracy=accuracy,
         spectra={name: power_spectrum(x).tolist() for name, x in kinds.items()},
-        peaks={name: block_peak(x, data.period) for name, x in kinds.items()}
-        if real.shape[1] >= 3 * data.period
-        else {},
+        peaks={name: block_peak(x, data.period) for name, x in kinds.items()} if repeats else {},
+        lines={name: spectral_peak(x, data.period) for name, x in lined.items()} if repeats else {},
         samples=samples,
         seconds=seconds,
     )
@@ -333,8 +362,14 @@ def markdown(scores: Mapping[str, Score]) -> str:
     for name, score in scores.items():
         data = DATA[name]
         steps = list(score.distances)
-        peaks = ", ".join(f"{kind} {peak:.1f}" for kind, peak in score.peaks.items())
-        seams = f"Power of seams every {data.period} pixels over that at other frequencies: {peaks}."
+        lines, peaks = (
+            ", ".join(f"{kind} {peak:.{digits}f}" for kind, peak in found.items())
+            for found, digits in ((score.lines, 2), (score.peaks, 1))
+        )
+        seams = (
+            f"Power of the spectrum at multiples of 1 / {data.period}, the largest, over that beside it: {lines}. "
+            f"Power of seams every {data.period} pixels over that at other frequencies: {peaks}."
+        )
         blocks.append(
             "\n".join(
                 [
@@ -368,10 +403,12 @@ A small StyleSwin (`jaxlayers/window/styleswin.py`) against a small wavelet disc
 `configs/styleswin_digits.py` and `configs/styleswin_crops.py`: non-saturating loss, R1, the discriminator at four times
 the generator's learning rate, averaged parameters. The Frechet distance is that of normal distributions fitted to the
 features of a small network, which is trained here to classify the training pictures; its figures compare runs on this
-page and no others. The power spectrum is the mean over rows and columns. What would betray windows is a seam: a step
-between neighbouring pixels that is larger at every window's border. Its power is told as a ratio, near that of the
-training pictures where there is no seam; training pictures with a random brightness added to every block show what one
-looks like.
+page and no others. The power spectrum is the mean over rows and columns. Windows that mark their borders alike in all
+pictures make peaks in it, at multiples of one over the window's side; training pictures with a brighter line at every
+border show how large. Flat blocks make none there, but a seam: a step between neighbours that is larger at every
+border. Its power is told as a ratio too, near that of the training pictures where there is no seam; training pictures
+with a random brightness added to every block show what one looks like. Anything else of that period counts as a seam as
+well, such as what is left of enlarging a map of 8 pixels three times.
 
 {table}
 
@@ -388,6 +425,8 @@ def verdict(name: str, score: Score) -> str:
     fallen += ", at every step shown." if not rises else f"; it rises {rises} of {len(found) - 1} times on the way."
     if score.peaks:
         more = score.peaks["generated"] / score.peaks["training"]
+        peak = score.lines["generated"] > 1.1 * score.lines["training"]
+        fallen += f" The spectrum of generated pictures has {'a' if peak else 'no'} peak at the windows' period."
         fallen += f" Seams are {more:.2g} times as strong in generated pictures as in training pictures."
     return fallen
 

@@ -5,7 +5,14 @@ import numpy as np
 import pytest
 
 from tools import generation_table
-from tools.generation_table import block_peak, blocked, frechet_distance, power_spectrum
+from tools.generation_table import (
+    block_peak,
+    blocked,
+    frechet_distance,
+    power_spectrum,
+    ruled,
+    spectral_peak,
+)
 from train import config as configs
 
 
@@ -45,6 +52,12 @@ def test_spectrum_finds_the_wave_and_the_seams():
     assert block_peak(noise, 8) < 20 < 100 < block_peak(blocked(noise, 8), 8)
     with pytest.raises(ValueError, match=r"must be at least 24 wide for period=8; set period"):
         block_peak(np.ones((2, 16, 16, 1)), 8)
+    assert spectral_peak(0.1 * noise, 8) < 1.2 < 10 < spectral_peak(ruled(0.1 * noise, 8), 8)
+    # What the other measure is for: flat blocks have no power at multiples of their frequency.
+    assert spectral_peak(blocked(noise, 8), 8) < 1.2
+    for side, period in ((32, 5), (8, 8), (8, 2)):
+        with pytest.raises(ValueError, match=rf"period={period} must be at least 3 and divide the side={side}"):
+            spectral_peak(np.ones((2, side, side, 1)), period)
     with pytest.raises(ValueError, match="must be"):
         power_spectrum(np.ones((2, 4, 8, 1)))
 
@@ -67,22 +80,29 @@ def test_labelled_pictures_are_those_of_the_training_split():
 
 
 def test_words_follow_the_figures():
-    def score(*distances, peaks):
+    def score(*distances, peaks, lines=()):
         return generation_table.Score(
             distances={str(step): value for step, value in enumerate(distances)},
             halves=1.0,
             accuracy=1.0,
             spectra={},
             peaks=peaks,
+            lines=dict(lines),
             samples=1,
             seconds=1.0,
         )
 
     falls = generation_table.verdict("digits", score(100.0, 50.0, 20.0, peaks={}))
     assert falls == "From first to last the distance of the digits falls by a factor of 5, at every step shown."
-    rises = generation_table.verdict("crops", score(10.0, 5.0, 20.0, peaks={"generated": 30.0, "training": 2.0}))
+    peaks = {"generated": 30.0, "training": 2.0}
+    rises = generation_table.verdict(
+        "crops", score(10.0, 5.0, 20.0, peaks=peaks, lines={"generated": 1.0, "training": 1.1})
+    )
     assert "does not fall; it rises 1 of 2 times" in rises
     assert "15 times as strong" in rises
+    assert "has no peak" in rises
+    marked = generation_table.verdict("crops", score(1.0, 2.0, peaks=peaks, lines={"generated": 1.5, "training": 1.1}))
+    assert "has a peak" in marked
 
 
 def test_page_is_written_from_a_run_and_a_second_call_reads_it(tmp_path, monkeypatch, capsys):
