@@ -1,13 +1,13 @@
 """Hold the cost of training steps, as the TPU compiler estimates it: `python -m tools.cost_gate [--write] [WORD ...]`.
 
-The training steps of some models are compiled for one v5e chip, which needs no chip and has no noise:
+The training step of a named model of every family is compiled for one v5e chip, which needs no chip and has no noise:
 operations, bytes to and from HBM, cycles and temporary memory are the same in every run. They are stored in
 `tests/golden/costs/steps.txt`. A step that costs more than 3 % over what is stored, in any of the four, ends the
 command with 1 and the numbers; `--write` stores what is found, so that a worse figure is accepted in the change that
 brings it.
 
-`make test-tpu` does the same for the forward and backward pass of every case of the conformance suite
-(`tests/golden/costs/cases`). Figures are of one version of JAX and libtpu, which the files name: another is refused.
+`make test-tpu` does it for those that compile within seconds (`--quick`), and `make test-tpu-all` for all. The former
+does the same for the forward and backward pass of every case of the conformance suite (`tests/golden/costs/cases`). Figures are of one version of JAX and libtpu, which the files name: another is refused.
 """
 
 import argparse
@@ -29,6 +29,9 @@ TOLERANCE = 0.03
 FIGURES = ("flops", "bytes", "cycles", "temporaries")
 SLACK = {"temporaries": 2**16}
 """What a figure may grow by besides: small programs have hardly any temporary memory."""
+
+# Steps that one process compiles.
+_TOGETHER = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,8 +192,7 @@ def read(text: str) -> tuple[str, dict[str, dict[str, int]]]:
 def measured(entries: Sequence[Entry], python: str, workers: int) -> Iterator[tuple[str, dict[str, int] | str, str]]:
     """Yield step, its figures (or why there are none) and the compiler's versions, in the order of the entries."""
 
-    def one(entry: Entry) -> tuple[str, dict[str, int] | str, str]:
-        (answer,) = run_jobs([entry.job], python)
+    def told(entry: Entry, answer: Mapping[str, Any]) -> tuple[str, dict[str, int] | str, str]:
         if "error" in answer or "refused" in answer["train"]:
             return entry.variant, str(answer.get("error") or answer["train"]["refused"]), ""
         train = answer["train"]
@@ -202,8 +204,16 @@ def measured(entries: Sequence[Entry], python: str, workers: int) -> Iterator[tu
         }
         return entry.variant, figures, ", ".join(f"{name} {version}" for name, version in answer["versions"].items())
 
+    def some(chosen: Sequence[Entry]) -> list[tuple[str, dict[str, int] | str, str]]:
+        # A process takes seconds to start, and lets go of memory when it ends.
+        answers = run_jobs([entry.job for entry in chosen], python)
+        return [told(entry, answer) for entry, answer in zip(chosen, answers, strict=True)]
+
     with ThreadPoolExecutor(workers) as pool:
-        yield from pool.map(one, entries)
+        for found in pool.map(
+            some, [entries[first : first + _TOGETHER] for first in range(0, len(entries), _TOGETHER)]
+        ):
+            yield from found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -211,6 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.cost_gate", description=(__doc__ or "").split(":")[0])
     parser.add_argument("words", nargs="*", help="steps whose name has one of these (default: all)")
     parser.add_argument("--write", action="store_true", help="store what is found")
+    parser.add_argument("--quick", action="store_true", help="of them those that compile within seconds")
     parser.add_argument("--workers", type=int, default=2, help="compilations at a time")
     parser.add_argument("--stored", type=Path, default=STORED, help="the file")
     parser.add_argument(
@@ -219,6 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     known = [entry.variant for entry in ENTRIES]
     entries = [entry for entry in ENTRIES if not given.words or any(word in entry.variant for word in given.words)]
+    entries = [entry for entry in entries if not given.quick or entry.variant in QUICK]
     if not entries or not Path(given.python).is_file():
         why = f"{given.python} must be an interpreter with libtpu; run `{MAKE}`"
         print(f"error: {why if entries else f'no step is called so; they are {known}'}", file=sys.stderr)

@@ -611,6 +611,8 @@ def find_step(place: epath.PathLike, step: int | None = None) -> list[Step]:
         ValueError: if there is none.
     """
     place = epath.Path(place)
+    if not re.match(r"\w+://", str(place)):
+        place = place.absolute()  # Orbax reads no other
     folders = [place / "checkpoints", place]
     notes = place / "config.txt"
     elsewhere = re.search(r"^checkpoint_dir = '(.+)'$", notes.read_text(), re.MULTILINE) if notes.exists() else None

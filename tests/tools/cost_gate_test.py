@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import jaxlayers
+from jaxlayers import models
 from tools import cost_gate
 from tools.cost_gate import FIGURES
 
@@ -88,6 +89,10 @@ def test_steps_are_named_models_with_fields_they_have():
     names = [entry.variant for entry in cost_gate.ENTRIES]
     assert len(names) == len(set(names))
     assert set(names) <= set(jaxlayers.list_models())
+    assert set(names) > cost_gate.QUICK
+    # None of a family is forgotten.
+    families = {models.variant_module(name).__name__ for name in jaxlayers.list_models()}
+    assert {models.variant_module(name).__name__ for name in names} == families
     for entry in cost_gate.ENTRIES:
         fields = {field.partition("=")[0] for field in entry.fields}
         assert fields <= set(vars(jaxlayers.create_model(entry.variant)))

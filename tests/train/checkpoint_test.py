@@ -434,6 +434,15 @@ def test_some_leaves_of_a_step_can_be_read_alone(saved: Path, states: dict[int, 
     assert only.number == 1
 
 
+def test_steps_are_read_from_a_place_relative_to_the_working_directory(
+    saved: Path, states: dict[int, dict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(saved.parent)
+    kernel = states[2]["params"]["head"]["kernel"]
+    (step,) = find_step(saved.name, 2)
+    np.testing.assert_array_equal(step.read({"params/head/kernel": kernel})["params/head/kernel"], kernel)
+
+
 def test_a_read_leaf_that_is_damaged_is_named_and_others_are_not(copy: Path, states: dict[int, dict]) -> None:
     kernel = states[2]["params"]["body"]["kernel"]
     flip(*place_of(kernel, copy / "2"))
