@@ -7,7 +7,8 @@ command with 1 and the numbers; `--write` stores what is found, so that a worse 
 brings it.
 
 `make test-tpu` does it for those that compile within seconds (`--quick`), and `make test-tpu-all` for all. The former
-does the same for the forward and backward pass of every case of the conformance suite (`tests/golden/costs/cases`). Figures are of one version of JAX and libtpu, which the files name: another is refused.
+does the same for the forward and backward pass of every case of the conformance suite (`tests/golden/costs/cases`).
+Figures are of one version of JAX and libtpu, which the files name: another is refused.
 """
 
 import argparse
@@ -62,7 +63,7 @@ ENTRIES = (
     Entry("apen"),
     Entry("att_swin_unet", ("depths=(1,1)", "num_heads=(3,6)")),
     Entry("axial_resnet26_small", ("depths=(1,1)",)),
-    Entry("axial_transformer_imagenet32", ("encoder_depth=2", "outer_depth=2", "inner_depth=2")),
+    Entry("axial_transformer_imagenet32", ("features=512", "encoder_depth=2", "outer_depth=2", "inner_depth=2")),
     Entry("canonical_gnn"),
     Entry("canonical_pointnet"),
     Entry("convnext_tiny", ("depths=(1,1)", "widths=(96,192)"), batch_size=8),
@@ -130,6 +131,27 @@ ENTRIES = (
     Entry("vn_pointnet"),
     Entry("vn_pointnet_segmentation"),
     Entry("vn_small"),
+)
+
+
+# Of these what compiles within some ten seconds.
+QUICK = frozenset(
+    {
+        "apen",
+        "canonical_gnn",
+        "canonical_pointnet",
+        "crossvit_tiny_240",
+        "deeprc",
+        "egnn_nbody",
+        "energy_transformer_base",
+        "hopfield_memory",
+        "hopfield_pooling_bag",
+        "hopfield_prototypes_tabular",
+        "hopular_small",
+        "moment_net_zernike",
+        "s_gcn",
+        "swin_tiny",
+    }
 )
 
 
