@@ -2,8 +2,9 @@
 
 Command:  python -m train configs/styleswin_crops.py
 Expected: Frechet distance 386 of 1,991 untrained, after 1,500 steps, some minutes of processor time on one core of a
-          CPU: colours and textures, no things. Seams of windows still show, 18 times as strong as in training pictures
-          (35 times where tables and kernels begin as published); see docs/generation.md.
+          CPU: colours and textures, no things. The power spectrum has no peak at the windows' period, but seams still
+          show, 18 times as strong as in training pictures (35 times where tables and kernels begin as published); see
+          docs/generation.md.
 
 The pictures are crops at random places of the fourteen training photographs that scikit-image and scikit-learn ship.
 """

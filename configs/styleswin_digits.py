@@ -1,8 +1,9 @@
 """Generate handwritten digits with a StyleSwin against a wavelet discriminator, both small.
 
 Command:  python -m train configs/styleswin_digits.py
-Expected: sliced Wasserstein distance 0.662 (2.488 after 100 steps, 0.977 after 300; training pictures 0.326, the mean
-          picture 3.343); 158 s of processor time for the first 400 of 600 steps, on a shared CPU of two cores.
+Expected: sliced Wasserstein distance 0.783 (2.507 after 100 steps, 1.034 after 300; training pictures 0.326, the mean
+          picture 3.343), some minutes of processor time on one core of a CPU. A run of an earlier program, which rounds
+          otherwise, ended with 0.662: the two players magnify such differences.
 
 The measure is the sliced Wasserstein distance between generated digits and held-out ones, over fixed directions and
 latents, of the averaged parameters; the Frechet distance of the same run is in docs/generation.md. Digits of 8 x 8 are
