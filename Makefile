@@ -15,7 +15,7 @@ help:
 	@echo "make test       the default tests (minutes)"
 	@echo "make test-all   the slow ones, the parity suite, and the newest Python found besides the default one"
 	@echo "make parity     the layers beside PyTorch references"
-	@echo "make test-tpu   compile every layer for TPU ahead of time, at no more than its stored cost (libtpu, no TPU needed)"
+	@echo "make test-tpu   compile layers and some models for TPU ahead of time, at no more than their stored cost (no TPU)"
 	@echo "make lint       ruff, mypy, import contracts"
 
 $(BIN)/python:
@@ -56,8 +56,9 @@ TPU := TPU_SKIP_MDS_QUERY=1 TPU_ACCELERATOR_TYPE=v5litepod-16 TPU_WORKER_HOSTNAM
 
 test-tpu: $(VENV)-tpu/.ready
 	$(CPU) $(TPU) $(VENV)-tpu/bin/python -m pytest -m tpu -n $(WORKERS) tests/conformance_test.py
+	$(CPU) $(VENV)-tpu/bin/python -m tools.cost_gate --quick --workers $(WORKERS) --python $(VENV)-tpu/bin/python
 
-# The rest that needs libtpu: kernels, plans, and the steps of named models at their real sizes.
+# The rest that needs libtpu: kernels, plans, and the steps of all families of named models.
 test-tpu-all: test-tpu
 	$(CPU) $(TPU) $(VENV)-tpu/bin/python -m pytest -m tpu tests/train/recompute_test.py tests/window/spatial_test.py \
 		tests/kernels tests/tools/plan_test.py tests/tools/kernel_cost_test.py
