@@ -2,7 +2,7 @@
 
 Command:  python -m train configs/styleswin_digits.py
 Expected: sliced Wasserstein distance 0.457 (1.065 after 300 steps, 0.567 after 900; training pictures 0.326, the mean
-          picture 3.343) after 1,800 steps, nine minutes on a core of a busy CPU.
+          picture 3.343) after 1,800 steps, three minutes of processor time on one core of a CPU.
 
 The measure is the sliced Wasserstein distance between generated digits and held-out ones, over fixed directions and
 latents, of the averaged parameters; the Frechet distance of the same run is in docs/generation.md. Digits of 8 x 8 are
