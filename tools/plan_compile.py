@@ -84,12 +84,12 @@ class Zeros:
 def loaded(name: str, *, smoke: bool = False) -> Any:
     """Return the config of a file, or one for a variant that `jaxlayers.list_models` names.
 
-    A variant is planned in bfloat16, with AdamW and a record for each device; `--batch-per-chip` and `--set` change
-    that. It classifies if it returns a score for each of its classes; else the mean square of all that it returns is
-    made small.
+    `maxim_s1:1024` is the variant at maps of 1,024 along each spatial axis. A variant is planned in bfloat16, with AdamW
+    and a record for each device; `--batch-per-chip` and `--set` change that. It classifies if it returns a score for
+    each of its classes; else the mean square of all that it returns is made small.
 
     Raises:
-      ValueError: if there is neither.
+      ValueError: if there is neither, or the variant takes no map whose size could be set.
     """
     from train import config as configs
 
@@ -100,7 +100,17 @@ def loaded(name: str, *, smoke: bool = False) -> Any:
     import jaxlayers
     from train import tasks
 
+    name, _, side = name.partition(":")
     model, inputs = jaxlayers.create_model(name), jaxlayers.abstract_inputs(name)
+    if side:
+        first, *others = inputs
+        if not side.isdecimal() or not int(side) or first.ndim < 4:
+            raise ValueError(
+                f"{name}:{side} must name a positive size of the map that the variant takes, {first.shape}; leave it "
+                "away or set it"
+            )
+        sides = (int(side),) * (first.ndim - 2)
+        inputs = (jax.ShapeDtypeStruct((first.shape[0], *sides, first.shape[-1]), first.dtype), *others)
     classes = getattr(model, "num_classes", None)
     found = jax.eval_shape(lambda *given: model.init_with_output(jax.random.key(0), *given)[0], *inputs)
     if hasattr(model, "dtype"):

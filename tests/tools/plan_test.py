@@ -163,6 +163,14 @@ def test_variants_are_planned_by_name():
     assert config.task.num_classes == 1000
 
 
+def test_variants_are_planned_at_other_sizes_too():
+    config = plan_compile.loaded("convnext_atto:96")
+    assert config.train_data[0]["input_0"].shape == (96, 96, 3)
+    for name in ("convnext_atto:0", "convnext_atto:large", "se3_particles:8"):
+        with pytest.raises(ValueError, match="must name a positive size of the map"):
+            plan_compile.loaded(name)
+
+
 @pytest.mark.parametrize(
     ("variant", "shapes"),
     [
