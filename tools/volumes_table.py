@@ -161,7 +161,8 @@ def document(config: Config, folder: Path, docs: Path, *, count: int = 20, side:
         f"| `remat` | temporary memory of a step |\n| --- | --- |\n{rows}",
         f"Batch 1, one channel, {MEMORY.num_classes} classes, `embed_dim={MEMORY.embed_dim}`, float32: "
         "`memory_analysis()` of the loss and its gradient compiled for a CPU. "
-        + (f"Recomputing saves {saved:.0%} there." if saved > 0.01 else "Recomputing saves nothing there."),
+        + (f"Recomputing saves {saved:.0%} there. " if saved > 0.01 else "Recomputing saves nothing there. ")
+        + "What the published size takes on a TPU, where it saves, is in [plan.md](plan.md#worked-plans).",
     ]
     page = "\n\n".join(sections) + "\n"
     (docs / "images").mkdir(parents=True, exist_ok=True)

@@ -191,7 +191,7 @@ class SwinUNETR(nn.Module):
 
     Cost:
       Linear in the number of voxels. C = 48 at 96^3: 62.2 M parameters; the decoder's and the skips' convolutions are
-      most of the multiply-accumulates. Memory of training at 96^3: docs/volumes.md.
+      most of the multiply-accumulates. Memory of training at 96^3: docs/plan.md.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
