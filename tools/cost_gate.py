@@ -43,19 +43,20 @@ class Entry:
       variant: its name.
       fields: of the model, as `python -m train --set` takes them.
       batch_size: examples of a step.
+      side: of the map that it takes, along each axis; 0 = its own.
     """
 
     variant: str
     fields: tuple[str, ...] = ()
     batch_size: int = 2
+    side: int = 0
 
     @property
     def job(self) -> plan_compile.Job:
         """The step as `tools.plan_compile` takes it."""
         overrides = tuple(f"model.{field}" for field in self.fields)
-        return plan_compile.Job(
-            self.variant, TOPOLOGY, overrides=overrides, batch_size=self.batch_size, calibrate=False
-        )
+        name = f"{self.variant}:{self.side}" if self.side else self.variant
+        return plan_compile.Job(name, TOPOLOGY, overrides=overrides, batch_size=self.batch_size, calibrate=False)
 
 
 # One of each family. Where a model is large its depths are cut, which changes how often a block is compiled, not what.
@@ -87,7 +88,7 @@ ENTRIES = (
     Entry("hopular_small", ("depth=1",)),
     Entry("lie_decomposition_sl2"),
     Entry("lie_resnet_se2", ("features=(128,128)",)),
-    Entry("maxim_s1", ("depth=1", "bottleneck_depth=1", "num_scales=2")),
+    Entry("maxim_s1", ("depth=1", "bottleneck_depth=1", "num_scales=2"), side=64),
     Entry("maxvit_tiny", ("depths=(1,1)", "embed_dim=(64,128)")),
     Entry("moment_net_zernike"),
     Entry("octahedral_cnn_32", ("depths=(1,1)", "widths=(2,4)")),
