@@ -176,7 +176,9 @@ class DRCT(nn.Module):
       The RNG stream `dropout`, when `deterministic=False` and the rate is not 0. One parameter tree serves every size.
 
     Cost:
-      Linear in the number of pixels. `drct_x4` at 64 x 64: 74.3 G multiply-accumulates, 14.1 M parameters.
+      Linear in the number of pixels. `drct_x4` at 64 x 64: 74.3 G multiply-accumulates, 14.1 M parameters. From 256 x
+      256 to 1,024 x 1,024 its backward pass keeps 51 GiB in float32, 4.3 GiB with blocks recomputed ("full"), and
+      besides what one block needs.
 
     Example:
       >>> import jax, jax.numpy as jnp

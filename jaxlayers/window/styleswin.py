@@ -424,7 +424,8 @@ class StyleSwin(nn.Module):
 
     Cost:
       Linear in the number of pixels. At 256 x 256 with the widths of `styleswin_256_x2` 95.6 G multiply-accumulates and
-      48.9 M parameters.
+      48.9 M parameters. The backward pass of `styleswin_1024` keeps 13.6 GiB a picture in float32, 1.3 GiB with blocks
+      recomputed ("full"), and besides what one block needs.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -385,21 +385,3 @@ def test_remat_changes_no_gradient():
     assert "remat" not in str(jax.make_jaxpr(gradient(TINY, x))(params))
     found = jax.jit(gradient(TINY.clone(remat="full"), x))(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * max(1, np.abs(b).max())), found, plain)
-
-
-def training_memory(model, side):
-    """Return the bytes of temporary values in a step's gradient, and of the parameters."""
-    x = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
-    params = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
-    program = jax.jit(lambda params, x: gradient(model, x)(params)).lower(params, x).compile()
-    memory = program.memory_analysis()
-    assert memory is not None
-    return memory.temp_size_in_bytes
-
-
-@pytest.mark.slow
-def test_remat_trains_a_picture_of_1024_pixels_in_a_fraction_of_the_memory():
-    model = DRCT(num_groups=1, drop_path_rate=0.0)
-    plain, full = (training_memory(model.clone(remat=policy), 256) for policy in ("none", "full"))
-    print(f"one group: {plain / 2**30:.2f} GiB, with remat {full / 2**30:.2f} GiB")
-    assert full < 0.6 * plain

@@ -363,25 +363,6 @@ def test_remat_changes_neither_pictures_nor_gradients():
     assert "remat" not in str(jax.make_jaxpr(run("none"))(variables))
 
 
-def training_memory(model, side):
-    """Return the bytes of temporary memory of a gradient at one picture, as the compiler plans them."""
-    x = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32))
-
-    def loss(variables, x):
-        return jnp.sum(maxim.restoration_loss(model.apply(variables, x), x))
-
-    return jax.jit(jax.grad(loss)).lower(variables, x).compile().memory_analysis().temp_size_in_bytes
-
-
-@pytest.mark.slow
-def test_remat_trains_a_large_picture_in_a_fraction_of_the_memory():
-    model = Maxim(features=8)
-    plain, saved = (training_memory(model.clone(remat=policy), 1024) for policy in ("none", "full"))
-    print(plain, saved)
-    assert saved < 0.5 * plain
-
-
 def test_own_fields_stay_few():
     others = {"parent", "name", "dtype", "param_dtype", "kernel_init", "bias_init"}
     for cls in (Maxim, MultiAxisGatedMlp, ResidualChannelAttention, CrossGating, SupervisedAttention):
