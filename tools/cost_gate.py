@@ -1,7 +1,7 @@
 """Hold the cost of training steps, as the TPU compiler estimates it: `python -m tools.cost_gate [--write] [WORD ...]`.
 
-The training step of a named model of nearly every family is compiled for one v5e chip, which needs no chip and has no noise:
-operations, bytes to and from HBM, cycles and temporary memory are the same in every run. They are stored in
+The training step of a named model of nearly every family is compiled for one v5e chip, which needs no chip and has no
+noise: operations, bytes to and from HBM, cycles and temporary memory are the same in every run. They are stored in
 `tests/golden/costs/steps.txt`. A step that costs more than 3 % over what is stored, in any of the four, ends the
 command with 1 and the numbers; `--write` stores what is found, so that a worse figure is accepted in the change that
 brings it.

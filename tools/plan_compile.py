@@ -111,7 +111,7 @@ def loaded(name: str, *, smoke: bool = False) -> Any:
             )
         sides = (int(side),) * (first.ndim - 2)
         inputs = (jax.ShapeDtypeStruct((first.shape[0], *sides, first.shape[-1]), first.dtype), *others)
-    classes = getattr(model, "num_classes", None)
+    classes: Any = getattr(model, "num_classes", None)
     found = jax.eval_shape(lambda *given: model.init_with_output(jax.random.key(0), *given)[0], *inputs)
     if hasattr(model, "dtype"):
         model = model.clone(dtype="bfloat16")
