@@ -58,7 +58,8 @@ class Entry:
         )
 
 
-# One of each family. Where a model is large its depths are cut, which changes how often a block is compiled, not what.
+# One of each family. Where a model is large its depths are cut, which changes how often a block is compiled, not what;
+# where that is not enough, stages or widths too.
 ENTRIES = (
     Entry("apen"),
     Entry("att_swin_unet", ("depths=(1,1)", "num_heads=(3,6)")),

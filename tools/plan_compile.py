@@ -84,8 +84,8 @@ class Zeros:
 def loaded(name: str, *, smoke: bool = False) -> Any:
     """Return the config of a file, or one for a variant that `jaxlayers.list_models` names.
 
-    `maxim_s1:1024` is the variant at maps of 1,024 along each spatial axis. A variant is planned in bfloat16, by AdamW
-    and with a record for each device; `--batch-per-chip` and `--set` change that. It classifies if it returns a score
+    `convnext_tiny:384` is the variant at maps of 384 along each spatial axis. A variant is planned in bfloat16, with
+    AdamW and a record for each device; `--batch-per-chip` and `--set` change that. It classifies if it returns a score
     for each of its classes; else the mean square of all that it returns is made small.
 
     Raises:

@@ -1,8 +1,8 @@
 """The attention half of a window transformer block as Pallas kernels for TPU: norm, projections, attention, output.
 
-Each window's tokens are read once and what is added to them is written once. Queries, keys, values, scores and weights
-exist in fast memory only; the gradient computes them anew, and sums those of all parameters there in float32 while the
-grid runs over the windows.
+Each window's tokens are read once, and what is added to them, or the sum, is written once. Queries, keys, values,
+scores and weights exist in fast memory only; the gradient computes them anew, and sums those of all parameters there in
+float32 while the grid runs over the windows.
 
 Everything lies transposed, features along sublanes and tokens along lanes, two windows of up to 64 tokens side by side.
 So a head is a slice of rows, which costs nothing; the norm's and the softmax's sums run over sublanes, which are plain

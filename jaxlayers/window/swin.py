@@ -206,8 +206,8 @@ class WindowAttention(nn.Module):
             )
         if norm is not None or residual:
             raise ValueError(
-                f"norm={norm} must be None and residual={residual} False where dispatch takes no kernel that computes "
-                "them; norm the input, add to the result"
+                f"norm={norm} must be None and residual={residual} must be False where dispatch takes no "
+                "kernel that computes them; norm the input, add to the result"
             )
         if dispatch.window_kernel(x.shape[-2], features // self.num_heads, dtype, dropout_rate) == "pallas":
             # It takes over a second to import.

@@ -285,8 +285,8 @@ class CosineWindowAttention(nn.Module):
             )
         if norm is not None or residual:
             raise ValueError(
-                f"norm={norm} must be None and residual={residual} False where dispatch takes no kernel that computes "
-                "them; norm the result and add to it"
+                f"norm={norm} must be None and residual={residual} must be False where dispatch takes no "
+                "kernel that computes them; norm the result and add to it"
             )
         query, key = (
             dense(use_bias=with_bias, name=name)(x) for name, with_bias in (("query", self.use_bias), ("key", False))

@@ -301,6 +301,8 @@ def test_only_plain_norms_of_whole_windows_are_computed_by_the_kernel():
         attention: Any = layer(num_heads=2, window_size=(2, 2))
         with pytest.raises(ValueError, match="where dispatch takes no kernel that computes them"):
             attention.init(jax.random.key(0), jnp.ones((1, 1, 4, 16)), norm=(jnp.ones(16), jnp.zeros(16), 1e-6))
+        with pytest.raises(ValueError, match="residual=True must be False where dispatch takes no kernel"):
+            attention.init(jax.random.key(0), jnp.ones((1, 1, 4, 16)), residual=True)
 
 
 def test_the_table_takes_the_block_on_tpu_alone_and_refuses_nothing():
