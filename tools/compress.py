@@ -11,7 +11,6 @@ import argparse
 import io
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,13 +53,13 @@ def load_params(place: str | Path, model: S2LIC) -> Any:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file so that its place holds either what was there or all of the data."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    # Not of `tempfile`, whose files nobody else may read.
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-        os.replace(name, path)
+        partial.write_bytes(data)
+        os.replace(partial, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise
 
 

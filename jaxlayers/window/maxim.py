@@ -126,33 +126,43 @@ def resize_by_two_powers(
 def _resize_axis(x: Array, power: int, axis: int) -> Array:
     if power == 0:
         return x
-    factor = 2 ** abs(power)
+    factor, length = 2 ** abs(power), x.shape[axis]
     # Offset of each fine pixel of a cell from the cell's middle, in cells; what it shares with the cell before, the
     # cell itself, and the one behind.
     offset = (np.arange(factor) + 0.5) / factor - 0.5
     shares = np.stack([np.maximum(-offset, 0), 1 - np.abs(offset), np.maximum(offset, 0)])
-    table = jnp.asarray(shares, x.dtype)
-    x = jnp.moveaxis(x, axis, -1)
+    wide = x.astype(at_least_float32(x.dtype))
+
+    def weigh(shares: np.ndarray, parts: Sequence[Array]) -> Array:
+        products = [float(share) * part for share, part in zip(shares, parts, strict=True) if share]
+        return functools.reduce(jnp.add, products)
+
+    # Sums of slices, where features stay the last axis: for products with a matrix of 3 rows a TPU turns the map.
     if power > 0:
-        around = jnp.concatenate([x[..., :1], x, x[..., -1:]], axis=-1)
-        neighbours = jnp.stack([around[..., :-2], x, around[..., 2:]], axis=-1)
-        x = (neighbours @ table).reshape(*x.shape[:-1], -1)
-    else:
-        if x.shape[-1] % factor:
-            raise ValueError(f"length {x.shape[-1]} must be a multiple of {factor}; pad the map first")
-        parts = x.reshape(*x.shape[:-1], -1, factor) @ table.T
-        none = jnp.zeros_like(parts[..., :1, 0])
-        # A cell hears the fine pixels of the cell before it that lean to its side, and of the one behind.
-        x = (
-            parts[..., 1]
-            + jnp.concatenate([none, parts[..., :-1, 2]], axis=-1)
-            + jnp.concatenate([parts[..., 1:, 0], none], axis=-1)
-        )
-        weight = np.full(x.shape[-1], shares.sum())
-        weight[0] -= shares[2].sum()
-        weight[-1] -= shares[0].sum()
-        x = x / jnp.asarray(weight, x.dtype)
-    return jnp.moveaxis(x, -1, axis)
+        around = jnp.pad(wide, [(int(each == axis),) * 2 for each in range(x.ndim)], mode="edge")
+        near = [jax.lax.slice_in_dim(around, start, start + length, axis=axis) for start in range(3)]
+        fine = jnp.stack([weigh(column, near) for column in shares.T], axis=axis + 1)
+        return fine.reshape(*x.shape[:axis], factor * length, *x.shape[axis + 1 :]).astype(x.dtype)
+    if length % factor:
+        raise ValueError(f"length {length} must be a multiple of {factor}; pad the map first")
+    count = length // factor
+    cells = wide.reshape(*x.shape[:axis], count, factor, *x.shape[axis + 1 :])
+    before, own, behind = (
+        weigh(row, [jax.lax.index_in_dim(cells, place, axis=axis + 1, keepdims=False) for place in range(factor)])
+        for row in shares
+    )
+    # A cell hears the fine pixels of the cell before it that lean to its side, and of the one behind.
+    none = jnp.zeros_like(jax.lax.slice_in_dim(own, 0, 1, axis=axis))
+    heard = (
+        own
+        + jnp.concatenate([none, jax.lax.slice_in_dim(behind, 0, count - 1, axis=axis)], axis=axis)
+        + jnp.concatenate([jax.lax.slice_in_dim(before, 1, count, axis=axis), none], axis=axis)
+    )
+    weight = np.full(count, shares.sum())
+    weight[0] -= shares[2].sum()
+    weight[-1] -= shares[0].sum()
+    weight = weight.reshape(-1, *(1,) * (x.ndim - axis - 1))
+    return (heard / jnp.asarray(weight, wide.dtype)).astype(x.dtype)
 
 
 # Model ----------------------------------------------------------------------------------------------------------------

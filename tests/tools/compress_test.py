@@ -96,6 +96,10 @@ def test_pictures_go_through_a_file_and_errors_leave_what_stood_there(place, cap
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     target = tmp_path / "file"
     compress.write_whole(target, b"old")
+    plain = tmp_path / "plain"
+    plain.write_bytes(b"")
+    assert target.stat().st_mode == plain.stat().st_mode
+    plain.unlink()
 
     def broken(source, target):
         raise OSError("disk full")
