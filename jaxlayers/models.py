@@ -88,7 +88,8 @@ def abstract_inputs(name: str, *, batch_size: int | None = None) -> tuple[Any, .
 
     Args:
       name: a variant as `list_models` gives it.
-      batch_size: replaces the leading axis of every input; `None` keeps the variant's own.
+      batch_size: replaces the leading axis of every input that is as long as the first one's, so not that of a memory
+        which all examples share; `None` keeps the variant's own.
 
     Returns:
       The positional arguments of the model's `__call__`.
@@ -106,7 +107,13 @@ def abstract_inputs(name: str, *, batch_size: int | None = None) -> tuple[Any, .
         return inputs
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1; pass a positive batch_size or None")
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((batch_size, *leaf.shape[1:]), leaf.dtype), inputs)
+    default = jax.tree.leaves(inputs)[0].shape[0]
+
+    def resize(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        rows = batch_size if leaf.shape[0] == default else leaf.shape[0]
+        return jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype)
+
+    return jax.tree.map(resize, inputs)
 
 
 def variant_module(name: str) -> Any:

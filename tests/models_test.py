@@ -47,6 +47,8 @@ def test_a_misspelt_field_answers_with_the_nearest_and_the_list():
 
 def test_abstract_inputs_take_a_batch_size():
     assert jaxlayers.abstract_inputs("swin_base_384", batch_size=3)[0].shape == (3, 384, 384, 3)
+    # The memory of a table is the same for all rows that are asked about.
+    assert [x.shape for x in jaxlayers.abstract_inputs("hopular_small", batch_size=3)] == [(3, 31), (256, 31)]
     with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
         jaxlayers.abstract_inputs("swin_tiny", batch_size=0)
 
