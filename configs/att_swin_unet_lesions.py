@@ -23,18 +23,19 @@ import numpy as np
 from scipy import ndimage
 
 from jaxlayers.window.att_swin_unet import AttSwinUNet, CrossContextualAttention
+from jaxlayers.window.swin_unetr import SwinUNETR
 from train.config import Config, Optim
 from train.data import Source, arrays
 from train.tasks import segmentation
 
 SIZE = 32
-MODELS = ("both", "cross_contextual", "spatial", "concatenation", "unet")
+MODELS = ("both", "cross_contextual", "spatial", "concatenation", "swin_unetr", "unet")
 Data = Literal["lesions", "coins"]
-STEPS: Mapping[Data, int] = {"lesions": 400, "coins": 250}
+STEPS: Mapping[Data, int] = {"lesions": 1000, "coins": 600}
 
 
 class UNet(nn.Module):
-    """Label pixels by convolutions: a plain U-Net, with the norm of a layer in place of that of a batch.
+    """Label pixels by convolutions: a plain U-Net, whose norm is that of each map over space, as in Swin UNETR.
 
     Attributes:
       num_classes: number of logits of a pixel.
@@ -50,7 +51,8 @@ class UNet(nn.Module):
 
         def twice(x: jax.Array, features: int) -> jax.Array:
             for _ in range(2):
-                x = nn.relu(nn.LayerNorm()(nn.Conv(features, (3, 3), use_bias=False)(x)))
+                norm = nn.GroupNorm(num_groups=None, group_size=1)
+                x = nn.relu(norm(nn.Conv(features, (3, 3), use_bias=False)(x)))
             return x
 
         maps = []
@@ -66,7 +68,19 @@ class UNet(nn.Module):
 def model(name: str) -> nn.Module:
     """Return a model by its name in `MODELS`; all have about as many parameters."""
     if name == "unet":
-        return UNet(2, features=(12, 22, 40, 48))
+        return UNet(2, features=(20, 39, 60))
+    if name == "swin_unetr":
+        return SwinUNETR(
+            num_classes=2,
+            embed_dim=26,
+            depths=(2,),
+            num_heads=(13,),
+            window_size=(4, 4),
+            mlp_ratio=5.0,
+            table_prefix=False,
+            stage_convolutions=True,
+            kernel_init=nn.initializers.xavier_uniform(),
+        )
     return AttSwinUNet(
         num_classes=2,
         patch_size=2,
@@ -101,7 +115,7 @@ def config(smoke: bool = False, name: str = MODELS[0], data: Data = "lesions", s
         eval_every=10 if smoke else None,
         metric="dice_1",
         seed=seed,
-        rivals={} if smoke else {one: model(one) for one in ("concatenation", "unet")},
+        rivals={} if smoke else {one: model(one) for one in ("concatenation", "swin_unetr", "unet")},
         baselines=None if smoke else functools.partial(baselines, data),
     )
 
