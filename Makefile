@@ -58,7 +58,7 @@ test-tpu: $(VENV)-tpu/.ready
 	$(CPU) $(TPU) $(VENV)-tpu/bin/python -m pytest -m tpu -n $(WORKERS) tests/conformance_test.py
 	$(CPU) $(VENV)-tpu/bin/python -m tools.cost_gate --quick --workers $(WORKERS) --python $(VENV)-tpu/bin/python
 
-# The rest that needs libtpu: kernels, plans, and the steps of nearly all families of named models.
+# The rest that needs libtpu: kernels, plans, and the steps of all families of named models.
 test-tpu-all: test-tpu
 	$(CPU) $(TPU) $(VENV)-tpu/bin/python -m pytest -m tpu tests/train/recompute_test.py tests/window/spatial_test.py \
 		tests/kernels tests/tools/plan_test.py tests/tools/kernel_cost_test.py

@@ -48,7 +48,7 @@ def run(model: str, data: task.Data, seed: int, out: Path, *, smoke: bool = Fals
     result = loop.train(config, folder, devices=jax.devices()[:1], silent=True)
     seconds = time.process_time() - start
     pictures = jnp.asarray(np.stack([record["image"] for record in shown(data, smoke)]))
-    logits: Any = config.model.apply({"params": jax.device_get(result.state.params)}, pictures)
+    logits: Any = config.model.apply({"params": result.state.params}, pictures)
     np.save(out / f"{model}_{data}_{seed}.npy", np.asarray(jnp.argmax(logits, axis=-1), np.uint8))
     return {
         "dice": float(result.metrics["dice_1"]),
