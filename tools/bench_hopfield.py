@@ -1,9 +1,10 @@
 """Hopfield layers beside attention and the reference code, retrieval by the number of patterns; see `tools.bench`."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from tools.bench_measure import OURS, Job, Page, Session, cell_bytes, curve, markdown, product_jobs
+from tools.bench_measure import OURS, Job, Measured, Page, Session, cell_bytes, curve, markdown, product_jobs
 from tools.bench_worker import Program, Ready, compiled, leaf_count, needed
 
 AGAINST = ("torch", "hflayers")
@@ -12,13 +13,18 @@ HERE = "tools.bench_hopfield"
 
 BATCH, FEATURES, HEADS = 2, 256, 8
 BETA, UPDATES = 4.0 * 8, 3
+TRAINED = 256
+"""Patterns of a chunk where layers are trained."""
+CHUNKED = f"{OURS}, chunks of {TRAINED}"
 
 TEXT = """
 Layers map {batch} x {states} states of {features} features over as many patterns as the name says, with {heads} heads,
 in float32. Inference is the forward pass; training is the forward pass and the gradient of a sum of squares with
 respect to parameters, states and patterns. "Attention" is `Hopfield` without norms, which is multi-head attention, and
 stands beside `torch.nn.MultiheadAttention` without returned weights. "Hopfield" has the three norms and stands beside
-`hflayers.Hopfield` (ml-jku/hopfield-layers), with one update and with four. Parameters are equally many.
+`hflayers.Hopfield` (ml-jku/hopfield-layers), with one update and with four. Parameters are equally many. Training is
+also measured in chunks of patterns (`Hopfield(streaming=Streaming({trained}, ()))`), which computes the weights of a
+chunk anew in the backward pass instead of keeping them all.
 
 Retrieval is {updates} updates of 64 states over stored patterns of 64 features; beside PyTorch it is
 `scaled_dot_product_attention`, repeated. Its memory is the compiler's plan of what lies between operands and results,
@@ -39,15 +45,18 @@ def name_of(kind: str, updates: int, train: bool, patterns: int) -> str:
     return f"{kind}{steps}, {'training' if train else 'inference'}, patterns {patterns}"
 
 
-def ours(kind: str, updates: int, train: bool, patterns: Sequence[int], states: int) -> list[Program]:
-    """Return our layer over several numbers of patterns."""
+def ours(
+    kind: str, updates: int, train: bool, patterns: Sequence[int], states: int, chunk: int | None = None
+) -> list[Program]:
+    """Return our layer over several numbers of patterns, in chunks or as one product."""
     import jax
     import jax.numpy as jnp
 
-    from jaxlayers.hopfield import Hopfield
+    from jaxlayers.hopfield import Hopfield, Streaming
 
     norms: dict[str, Any] = {"state_norm": None, "stored_norm": None, "value_norm": None} if kind == "attention" else {}
-    layer = Hopfield(num_heads=HEADS, update_steps=updates, **norms)
+    streaming = Streaming(chunk, ()) if chunk else None
+    layer = Hopfield(num_heads=HEADS, update_steps=updates, streaming=streaming, **norms)
     programs = []
     for count in patterns:
         state, stored = _inputs(count, states)
@@ -104,8 +113,8 @@ def retrieval(patterns: Sequence[int], chunk: int | None) -> list[Program]:
     """Return the retrieval of 64 states from several numbers of patterns, in chunks or as one product."""
     import jax
 
+    from jaxlayers.hopfield import Streaming
     from jaxlayers.hopfield.hopfield import retrieve
-    from jaxlayers.hopfield.streaming import Streaming
 
     streaming = Streaming(chunk, ()) if chunk else None
     programs = []
@@ -154,17 +163,32 @@ def sharded(patterns: int, devices: Sequence[int], chunk: int) -> list[Program]:
     return [program(count) for count in devices]
 
 
+def in_chunks(found: Sequence[Measured]) -> list[Measured]:
+    """Return what was measured in chunks as ours, under names of its own, beside the rivals of the same rounds."""
+    return [
+        dataclasses.replace(
+            one,
+            label=OURS if one.label == CHUNKED else one.label,
+            name=one.name.replace(", training", f" in chunks of {TRAINED}, training"),
+        )
+        for one in found
+        if one.label != OURS
+    ]
+
+
 def bench(session: Session, against: Sequence[str], quick: bool) -> Page:
     """Measure and return the page."""
     states = 16 if quick else 256
     sizes = {"batch": BATCH, "states": states, "features": FEATURES, "heads": HEADS, "updates": UPDATES}
-    page = Page("hopfield", "Hopfield layers and large memories", PACKAGES, TEXT.format(**sizes))
+    page = Page("hopfield", "Hopfield layers and large memories", PACKAGES, TEXT.format(**sizes, trained=TRAINED))
     patterns = (16, 32) if quick else (256, 1024, 4096)
     libraries = ("jax", "torch") if against else ("jax",)
     for kind, rival, updates in (("attention", "torch", 1), ("Hopfield", "hflayers", 1), ("Hopfield", "hflayers", 4)):
         for train in (False, True):
             settings = {"kind": kind, "updates": updates, "train": train, "patterns": patterns, "states": states}
             jobs = [Job(OURS, HERE, "ours", settings)]
+            if train:
+                jobs.append(Job(CHUNKED, HERE, "ours", settings | {"chunk": TRAINED}))
             if rival in against:
                 label = "torch.nn.MultiheadAttention" if rival == "torch" else "hflayers"
                 jobs.append(
@@ -174,7 +198,9 @@ def bench(session: Session, against: Sequence[str], quick: bool) -> Page:
                 jobs += product_jobs(128 if quick else 2048, *libraries)
             found = session.measure(jobs)
             page.product += [one for one in found if one.name == "product"]
-            page.found += [one for one in found if one.name != "product"]
+            found = [one for one in found if one.name != "product"]
+            page.found += [one for one in found if one.label != CHUNKED]
+            page.found += in_chunks(found) if train else []
     chunk = 64 if quick else 4096
     stored = (256, 512) if quick else (16_384, 65_536, 262_144)
     jobs = [

@@ -209,7 +209,8 @@ def document(found: Scores, seeds: int, docs: Path, out: Path, *, smoke: bool = 
 def main(arguments: Sequence[str] | None = None) -> str:
     """Measure, write, print and return the table."""
     parser = argparse.ArgumentParser(prog="python -m tools.lesions_table", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--models", nargs="+", choices=task.MODELS, default=["both", "concatenation", "swin_unetr", "unet"])
+    usual = ["both", "concatenation", "swin_unetr", "unet"]
+    parser.add_argument("--models", nargs="+", choices=task.MODELS, default=usual)
     parser.add_argument("--data", nargs="+", choices=list(DATA), default=list(DATA))
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/lesions"))

@@ -422,15 +422,20 @@ def _partial_gradients(
     def step(chunk: _Chunk, carry: Any) -> Any:
         state_gradient, stored_gradient, values_gradient, beta_gradient = carry
         part = chunk.take(stored)
-        logits, to_operands = jax.vjp(_logits, state, part, beta)
-        weights = chunk.weights(logits, log_sum_exp)
-        _, to_values = jax.vjp(
-            lambda weights, value: _recall(_drop(plan, key, chunk.number, weights), value, state.dtype, beta.dtype),
-            weights,
-            part if values is None else chunk.take(values),
-        )
+        # Weights of a pattern in a row, so that one product alone has a factor to be turned, not two: a CPU takes up to
+        # twice the time for those.
+        logits, to_operands = jax.vjp(_logits, part, state, beta)
+        allowed = jnp.swapaxes(chunk.allowed, -1, -2)
+        weights = jnp.where(allowed, jnp.exp(logits - _finite(log_sum_exp)[..., None, :]), 0)
+
+        def recall(weights: Array, value: Array) -> Array:
+            if key is not None:
+                weights = jnp.swapaxes(_drop(plan, key, chunk.number, jnp.swapaxes(weights, -1, -2)), -1, -2)
+            return _recall(weights, value, state.dtype, beta.dtype, "...ps,...pd->...sd")
+
+        _, to_values = jax.vjp(recall, weights, part if values is None else chunk.take(values))
         by_weights, by_values = to_values(out_gradient)
-        by_state, by_stored, by_beta = to_operands(weights * (by_weights + common[..., None]))
+        by_stored, by_state, by_beta = to_operands(weights * (by_weights + common[..., None, :]))
         if values is None:
             by_stored = by_stored + by_values
         else:
@@ -478,10 +483,10 @@ def _logits(state: Array, stored: Array, beta: Array) -> Array:
     return jnp.einsum("...sd,...pd->...sp", state, stored, preferred_element_type=beta.dtype) * beta[..., None, None]
 
 
-def _recall(weights: Array, values: Array, state_dtype: Any, dtype: Any) -> Array:
+def _recall(weights: Array, values: Array, state_dtype: Any, dtype: Any, product: str = "...sp,...pd->...sd") -> Array:
     """Return p V, its product taken in the dtype that states and values promote to, and its sum in `dtype`."""
     weights, values = (x.astype(jnp.promote_types(state_dtype, values.dtype)) for x in (weights, values))
-    return jnp.einsum("...sp,...pd->...sd", weights, values, preferred_element_type=dtype)
+    return jnp.einsum(product, weights, values, preferred_element_type=dtype)
 
 
 def _drop(plan: _Plan, key: Any, number: Any, weights: Array) -> Array:
