@@ -185,7 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> str:
     parser.add_argument("--count", type=int, default=20, help="volumes of each other size")
     parser.add_argument("--smoke", action="store_true", help="the config's small form")
     options = parser.parse_args(arguments)
-    side = 32 if options.smoke else 96
+    # More than one entry at the coarsest of five resolutions.
+    side = 64 if options.smoke else 96
     page = document(task.config(options.smoke), options.run, options.docs, count=options.count, side=side)
     print(page)
     return page
