@@ -164,12 +164,17 @@ def sharded(patterns: int, devices: Sequence[int], chunk: int) -> list[Program]:
 
 
 def in_chunks(found: Sequence[Measured]) -> list[Measured]:
-    """Return what was measured in chunks as ours, under names of its own, beside the rivals of the same rounds."""
+    """Return what was measured in chunks as ours, under names of its own, beside the rivals of the same rounds.
+
+    Work is counted as that of the plain form, without what is computed twice.
+    """
+    macs = {one.name: one.macs for one in found if one.label == OURS}
     return [
         dataclasses.replace(
             one,
             label=OURS if one.label == CHUNKED else one.label,
             name=one.name.replace(", training", f" in chunks of {TRAINED}, training"),
+            macs=macs[one.name],
         )
         for one in found
         if one.label != OURS

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from tools import bench, bench_checkpoint, bench_loading, bench_measure, bench_worker
+from tools import bench, bench_checkpoint, bench_hopfield, bench_loading, bench_measure, bench_worker
 from tools.bench_measure import BenchError, Curve, Job, Measured, Page, Session
 
 # A contender without any library: turns that say what they took, so that no clock is read.
@@ -382,3 +382,18 @@ def test_committed_pages_say_their_machine_versions_and_command():
         assert re.search(r"^- Versions: python .*, git [0-9a-f]{12}", text, re.M)
         assert "--quick" not in text
         assert (docs / "images" / f"bench_{name}.png").stat().st_size < 300_000
+
+
+def test_training_in_chunks_stands_beside_the_same_rival_with_the_work_of_the_plain_form():
+    name = "Hopfield, training, patterns 16"
+    found = [
+        Measured(bench_hopfield.OURS, name, (2.0,), 0.1, macs=100),
+        Measured(bench_hopfield.CHUNKED, name, (1.0,), 0.1, macs=130),
+        Measured("rival", name, (3.0,), 0.1),
+    ]
+    chunks = bench_hopfield.in_chunks(found)
+    assert [(one.label, one.macs) for one in chunks] == [(bench_hopfield.OURS, 100), ("rival", 100)]
+    assert {one.name for one in chunks} == {f"Hopfield in chunks of {bench_hopfield.TRAINED}, training, patterns 16"}
+    plain = [one for one in found if one.label != bench_hopfield.CHUNKED]
+    ratios = bench_measure.ratios([*plain, *chunks])
+    assert [one.median for one in ratios.values()] == [1.5, 3.0]
