@@ -315,8 +315,8 @@ class Hopfield(nn.Module):
         its own once an update moves its association by at most this much, and gradients are those of the fixed point
         (see `retrieve`): none reach the state patterns.
       association_fn: what stands for the softmax, called as `association_fn(logits, mask=mask)`; see `association`.
-      streaming: compute associations chunk by chunk, for memories that are large or lie split over devices; training over
-        a thousand patterns and more is quicker so on a CPU too, in chunks of some hundreds. `None` = as one matrix.
+      streaming: compute associations chunk by chunk, for memories that are large or lie split over devices; from a
+        thousand patterns on, training on a CPU is quicker so too, in chunks of some hundreds. `None` = as one matrix.
       state_norm: makes the normalisation of raw state patterns, called with dtype, param_dtype and name. `None` = none.
       stored_norm: the same for raw stored patterns.
       value_norm: the same for raw values.
