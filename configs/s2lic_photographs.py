@@ -19,16 +19,16 @@ from jaxlayers.window.s2lic import S2LIC
 from train.config import Apply, Batch, Config, Evaluated, Optim, StartFrom, Task
 from train.photographs import photographs
 
-STEPS = 700
-TUNING_STEPS = 250
+STEPS = 9000
+TUNING_STEPS = 2500
 SIZE = 64
 
 
 def model() -> S2LIC:
     """Return the network, small enough for a CPU."""
     return S2LIC(
-        features=24,
-        latent_features=32,
+        features=48,
+        latent_features=96,
         num_slices=2,
         depths=(1, 1, 1),
         num_heads=(3, 3, 3),
@@ -74,13 +74,13 @@ def config(smoke: bool = False) -> Config:
         title="Compressed photographs",
         model=small if smoke else model(),
         task=compression(0.02),
-        train_data=photographs("train", 16 if smoke else SIZE, count=64 if smoke else 4000),
+        train_data=photographs("train", 16 if smoke else SIZE, count=64 if smoke else 20_000),
         test_data=photographs("test", 16 if smoke else SIZE, count=16 if smoke else 64),
         steps=4 if smoke else STEPS,
         batch_size=8,
         eval_batch_size=8,
-        optim=Optim(learning_rate=2e-3, schedule="cosine", warmup_steps=2 if smoke else 20, weight_decay=0.0),
-        log_every=2 if smoke else 25,
+        optim=Optim(learning_rate=1e-3, schedule="cosine", warmup_steps=2 if smoke else 200, weight_decay=0.0),
+        log_every=2 if smoke else 250,
         metric="loss",
         mode="min",
     )

@@ -72,22 +72,22 @@ def windowed(predict: Predict) -> Predict:
     return jax.jit(lambda x: sliding_window(predict, x, task.SIZE, overlap=0.5, batch=4))
 
 
-def dice(predict: Predict, source: Source) -> list[float]:
+def dice(predict: Predict, source: Source, classes: int = len(task.CLASSES)) -> list[float]:
     """Return the Dice of each class over all voxels of a source."""
-    overlap, size = np.zeros(len(task.CLASSES)), np.zeros(len(task.CLASSES))
+    overlap, size = np.zeros(classes), np.zeros(classes)
     for index in range(len(source)):
         record: Mapping[str, Any] = source[index]
         prediction = np.argmax(np.asarray(predict(jnp.asarray(record["image"][None])))[0], axis=-1)
-        for each in range(len(task.CLASSES)):
+        for each in range(classes):
             there, found = record["label"] == each, prediction == each
             overlap[each] += 2 * np.sum(there & found)
             size[each] += np.sum(there) + np.sum(found)
     return [float(value) for value in overlap / np.maximum(size, 1)]
 
 
-def table(rows: Mapping[str, Sequence[float]]) -> str:
+def table(rows: Mapping[str, Sequence[float]], classes: Sequence[str] = task.CLASSES) -> str:
     """Return rows of Dice as a Markdown table, the mean last."""
-    lines = [f"|  | {' | '.join(task.CLASSES)} | mean |", "| --- |" + " --- |" * (len(task.CLASSES) + 1)]
+    lines = [f"|  | {' | '.join(classes)} | mean |", "| --- |" + " --- |" * (len(classes) + 1)]
     for name, values in rows.items():
         lines.append(f"| {name} | " + " | ".join(f"{value:.3f}" for value in (*values, np.mean(values))) + " |")
     return "\n".join(lines)

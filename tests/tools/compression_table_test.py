@@ -60,6 +60,16 @@ def test_jpeg_gets_no_fewer_bytes():
     assert compression_table.at_least(points, 999) == 3
 
 
+def test_verdict_counts_the_better_pictures():
+    jpeg = {"4:2:0": [Point(100, 20.0, 0.9)], "4:4:4": [Point(100, 24.0, 0.8)]}
+    found = {"one": Compared(8, [Point(90, 22.0, 0.85), Point(80, 19.0, 0.95)], jpeg)}
+    said = compression_table.verdict(found)
+    assert "in PSNR above JPEG 4:2:0 in 1 of 2 files" in said
+    assert "in PSNR above JPEG 4:4:4 in 0 of 2 files" in said
+    assert "in MS-SSIM above JPEG 4:2:0 in 1 of 2 files" in said
+    assert "in MS-SSIM above JPEG 4:4:4 in 2 of 2 files" in said
+
+
 def test_command_writes_page_and_pictures(measured, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compression_table, "trained", lambda *arguments: [Halved(2), Halved(4)])
     (tmp_path / "runs").mkdir()
