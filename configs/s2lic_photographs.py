@@ -1,11 +1,14 @@
 """Compress photographs: one point of the curve of rate against distortion, by a small S2LIC.
 
 Command:  python -m train configs/s2lic_photographs.py
-Expected: PSNR 24.8 dB at 0.302 bits a pixel (the estimate of the model) on 64 test crops of 64 x 64 pixels, after 700
-          steps, four minutes of processor time on one core of a busy CPU; beside JPEG in docs/compression.md.
+Expected: PSNR 30.2 dB at 0.547 bits a pixel (the estimate of the model) on 64 test crops of 64 x 64 pixels, after
+          9,000 steps, three quarters of an hour on one core of a busy CPU. As files of whole photographs it has a
+          higher PSNR than JPEG of equal size for seven of nine; see docs/compression.md.
 
 The loss is bits a pixel + 0.02 x 255^2 x mean squared error; training crops are of other pictures than the test crops.
 `python -m tools.compression_table` trains further weights from this one and compares files with JPEG.
+A network half as wide, with a third of the latent features, had 24.8 dB at 0.302 bits a pixel after 700 steps at twice
+the rate, far below JPEG.
 """
 
 import dataclasses

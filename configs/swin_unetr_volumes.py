@@ -21,7 +21,8 @@ narrower Swin UNETR still confused the organs after 900 steps.
 The settings were chosen on volumes of seed 7. There a narrower Swin UNETR of two stages had 0.886 in 3,000 steps, this
 one 0.899; rates of 3e-3, 6e-3, 1.2e-2 and 1.5e-2 were tried for the former, 6e-3 alone for all others. After 500,
 1,000, 1,500 and 2,000 steps this one had 0.869, 0.883, 0.892 and 0.897, the U-Net of three resolutions 0.725, 0.885,
-0.895 and 0.899: that finds the mark later, and then the two are equal but for what a seed may change.
+0.895 and 0.899: that finds the mark later, and then the two are equal but for what a seed may change. In
+`configs/swin_unetr_changes.py`, where what is far away must be compared finely, they are not.
 """
 
 from collections.abc import Mapping

@@ -208,8 +208,8 @@ lowest quality whose file is no smaller than that of S2LIC: it has as many bytes
 ![{name}, by S2LIC and by JPEG](images/compression_{name}.png)
 
 The model is trained on crops of {crop} x {crop} pixels of the {train} pictures of `train/photographs.py` that are not
-test pictures: {steps[0]} steps at the highest weight of the error, {steps[1]} more from there for each other weight, of
-{batch} crops. To use it on a picture of your own:
+test pictures: {steps[0]:,} steps at the highest weight of the error, {steps[1]:,} more from there for each other
+weight, of {batch} crops. To use it on a picture of your own:
 
     python -m tools.compress encode IN.png OUT.s2 --model {runs}/{weight:g}
     python -m tools.compress decode OUT.s2 BACK.png --model {runs}/{weight:g}

@@ -109,15 +109,21 @@ def kernel_of(instruction: Instruction, results: Mapping[str, str]) -> Kernel | 
 
 
 def mosaic(body: bytes) -> str:
-    """Return the text of a kernel's program, without the lines of Python that it is from."""
+    """Return the text of a kernel's program, without the lines of Python that it is from.
+
+    Pallas's kernels are MLIR bytecode of one dialect; the compiler's own, such as the softmax that it puts in place of
+    ours for long rows, are MLIR text of many.
+    """
     from jax.extend.mlir import ir
+    from jax.interpreters import mlir
     from jaxlib.mlir._mlir_libs import _tpu_ext  # JAX has no public name for the dialect
 
-    context = ir.Context()
+    context = mlir.make_ir_context()
     context.allow_unregistered_dialects = True
     _tpu_ext.register_dialect(context)
     with context:
-        return str(ir.Module.parse(body).operation.get_asm(enable_debug_info=False))
+        module = ir.Module.parse(body).operation
+        return str(module.get_asm(enable_debug_info=False, print_generic_op_form=True))
 
 
 def _arrays(spelt: str) -> list[str]:

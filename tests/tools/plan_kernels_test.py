@@ -162,6 +162,22 @@ def test_a_compiler_that_dies_leaves_its_words(monkeypatch):
     assert "ended with 1" in row["error"]
 
 
+def test_kernels_of_the_compiler_itself_are_text_of_many_dialects():
+    body = b"""module {
+      func.func @soft(%arg0: i32, %arg1: memref<8x4xf32, #tpu.memory_space<vmem>>) attributes {
+          dimension_semantics = [#tpu.dimension_semantics<parallel>], iteration_bounds = array<i64: 6>} {
+        %zero = arith.constant 0 : i32
+        %first = arith.cmpi eq, %zero, %arg0 : i32
+        scf.if %first { }
+        return
+      }
+    }"""
+    program = plan_kernels.mosaic(body)
+    kernel = plan_kernels.Kernel(program, (), (), "{}")
+    assert kernel.name == "soft"
+    assert kernel.steps == 6
+
+
 @pytest.mark.parametrize(
     ("spelt", "dtype", "shape"),
     [
@@ -217,9 +233,7 @@ def test_a_step_of_swin_has_cycles_of_kernels_where_they_are_chosen():
 
     plain, chosen = report("jnp"), report("table")
     assert "kernel" not in plain["cycles"]["by_kind"]
-    assert set(chosen["cycles"]["by_kernel"]) == {
-        "cut_windows", "join_windows", "window_attention", "window_attention_backward"
-    }  # fmt: skip
+    assert {"cut_windows", "window_block", "window_block_backward"} <= set(chosen["cycles"]["by_kernel"])
     assert chosen["cycles"]["by_kind"]["kernel"] == sum(chosen["cycles"]["by_kernel"].values()) > 0
     assert not any("count as nothing" in line for line in chosen["assumptions"])
     assert chosen["time"]["step"] < plain["time"]["step"]
