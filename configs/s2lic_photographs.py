@@ -8,7 +8,7 @@ Expected: PSNR 30.2 dB at 0.547 bits a pixel (the estimate of the model) on 64 t
 The loss is bits a pixel + 0.02 x 255^2 x mean squared error; training crops are of other pictures than the test crops.
 `python -m tools.compression_table` trains further weights from this one and compares files with JPEG.
 A network half as wide, with a third of the latent features, had 24.8 dB at 0.302 bits a pixel after 700 steps at twice
-the rate, far below JPEG.
+the learning rate, far below JPEG.
 """
 
 import dataclasses
