@@ -12,15 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from configs import swin_unetr_changes as task
-from tools.volumes_table import Predict, dice, table, trained
+from tools.volumes_table import Predict, dice, picture, table, trained
 from train.config import Config
-from train.data import Source
 
 DOCUMENT = """# Changes between two scans in one volume
 
@@ -69,29 +65,6 @@ def spread(scores: Mapping[str, Sequence[float]]) -> str:
     return "\n".join(lines)
 
 
-def picture(networks: Mapping[str, Predict], source: Source, count: int) -> Figure:
-    """Return a slice along both scans of some volumes: image, truth, what each network finds."""
-    columns = ("image", "truth", *networks)
-    figure = Figure(figsize=(1.1 * len(columns), 3.2 * count), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(count, len(columns), squeeze=False)
-    for row in range(count):
-        record: Mapping[str, Any] = source[row]
-        # Where most voxels have changed.
-        best = int(np.argmax(np.sum(record["label"] == 2, axis=(0, 2))))
-        image = jnp.asarray(record["image"][None])
-        labels = [record["label"], *(np.argmax(np.asarray(run(image))[0], axis=-1) for run in networks.values())]
-        grid[row, 0].imshow(record["image"][:, best, :, 0], cmap="gray", vmin=0, vmax=1.4)
-        for axis, label in zip(grid[row, 1:], labels, strict=True):
-            axis.imshow(label[:, best], cmap="viridis", vmin=0, vmax=len(task.CLASSES) - 1, interpolation="nearest")
-        for axis, title in zip(grid[row], columns, strict=True):
-            axis.axhline(task.SIZE[0] / 2 - 0.5, color="red", linewidth=0.8)
-            axis.set_axis_off()
-            if row == 0:
-                axis.set_title(title, fontsize=7)
-    return figure
-
-
 def document(config: Config, folder: Path, docs: Path, *, seeds: int) -> str:
     """Write page and picture; return the page."""
     source: Any = config.test_data
@@ -121,7 +94,11 @@ def document(config: Config, folder: Path, docs: Path, *, seeds: int) -> str:
     )
     (docs / "images").mkdir(parents=True, exist_ok=True)
     (docs / "changes.md").write_text(page)
-    picture(shown, source, min(3, len(source))).savefig(docs / "images" / "changes.png", dpi=100)
+    # Across the second axis, so that both scans are seen, the line between them.
+    figure = picture(shown, source, min(3, len(source)), axis=1, least=2, classes=len(task.CLASSES), width=0.9)
+    for panel in figure.axes:
+        panel.axhline(task.SIZE[0] / 2 - 0.5, color="red", linewidth=0.8)
+    figure.savefig(docs / "images" / "changes.png", dpi=100)
     return page
 
 

@@ -93,25 +93,46 @@ def table(rows: Mapping[str, Sequence[float]], classes: Sequence[str] = task.CLA
     return "\n".join(lines)
 
 
-def picture(networks: Mapping[str, Predict], source: Source, count: int) -> Figure:
-    """Return a slice of some volumes: image, truth, what each network finds."""
+def picture(
+    networks: Mapping[str, Predict],
+    source: Source,
+    count: int,
+    *,
+    axis: int = 0,
+    least: int = 1,
+    classes: int = len(task.CLASSES),
+    width: float = 1.7,
+) -> Figure:
+    """Return a slice of some volumes: image, truth, what each network finds.
+
+    Args:
+      networks: the functions from volumes to logits, by name.
+      source: of the volumes.
+      count: rows of the picture, each of a volume.
+      axis: across which volumes are cut, where most voxels are of class `least` or one after it.
+      least: see `axis`.
+      classes: number of classes.
+      width: of a slice, in inches.
+    """
     columns = ("image", "truth", *networks)
-    figure = Figure(figsize=(1.7 * len(columns), 1.8 * count), layout="constrained")
+    high, wide = (length for index, length in enumerate(source[0]["label"].shape) if index != axis)
+    figure = Figure(figsize=(width * len(columns), (width * high / wide + 0.1) * count), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(count, len(columns), squeeze=False)
     for row in range(count):
         record: Mapping[str, Any] = source[row]
-        # Where most voxels are of some organ.
-        best = int(np.argmax(np.sum(record["label"] > 0, axis=(1, 2))))
+        found = np.sum(record["label"] >= least, axis=tuple({0, 1, 2} - {axis}))
+        best = int(np.argmax(found))
         image = jnp.asarray(record["image"][None])
         labels = [record["label"], *(np.argmax(np.asarray(run(image))[0], axis=-1) for run in networks.values())]
-        grid[row, 0].imshow(record["image"][best, ..., 0], cmap="gray", vmin=0, vmax=1.4)
-        for axis, label in zip(grid[row, 1:], labels, strict=True):
-            axis.imshow(label[best], cmap="viridis", vmin=0, vmax=len(task.CLASSES) - 1, interpolation="nearest")
-        for axis, title in zip(grid[row], columns, strict=True):
-            axis.set_axis_off()
+        grid[row, 0].imshow(np.take(record["image"][..., 0], best, axis), cmap="gray", vmin=0, vmax=1.4)
+        for panel, label in zip(grid[row, 1:], labels, strict=True):
+            cut = np.take(label, best, axis)
+            panel.imshow(cut, cmap="viridis", vmin=0, vmax=classes - 1, interpolation="nearest")
+        for panel, title in zip(grid[row], columns, strict=True):
+            panel.set_axis_off()
             if row == 0:
-                axis.set_title(title, fontsize=8)
+                panel.set_title(title, fontsize=8)
     return figure
 
 
