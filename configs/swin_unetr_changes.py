@@ -27,10 +27,10 @@ import flax.linen as nn
 import numpy as np
 from scipy import ndimage
 
-from configs.swin_unetr_volumes import UNet
+from configs.swin_unetr_volumes import UNet, drawn, optimiser
 from jaxlayers.window.swin_unetr import SwinUNETR
-from train.config import Config, Optim
-from train.data import Source, arrays
+from train.config import Config
+from train.data import Source
 from train.tasks import segmentation
 
 CLASSES = ("ground", "lasting", "changed")
@@ -62,14 +62,7 @@ def config(smoke: bool = False) -> Config:
         steps=4 if smoke else 1500,
         batch_size=8,
         eval_batch_size=4,
-        optim=Optim(
-            learning_rate=6e-3,
-            warmup_steps=2 if smoke else 50,
-            weight_decay=0.0,
-            b2=0.99,
-            # As in `swin_unetr_volumes`: the head must grow, and tables of offsets begin near zero.
-            rates=(("(^head/|/relative_position_bias_table$)", 5.0),),
-        ),
+        optim=optimiser(smoke),
         ema_decay=0.995,
         log_every=2 if smoke else 100,
         eval_every=None,
@@ -89,9 +82,7 @@ def config(smoke: bool = False) -> Config:
 
 def volumes(count: int, *, seed: int) -> Source:
     """Return simulated pairs of scans as records {"image": float32 [*SIZE, 1], "label": int32 [*SIZE]}."""
-    rng = np.random.default_rng(seed)
-    drawn = [volume(rng) for _ in range(count)]
-    return arrays(image=np.stack([image for image, _ in drawn]), label=np.stack([label for _, label in drawn]))
+    return drawn(volume, count, seed)
 
 
 def volume(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -25,7 +25,8 @@ one 0.899; rates of 3e-3, 6e-3, 1.2e-2 and 1.5e-2 were tried for the former, 6e-
 `configs/swin_unetr_changes.py`, where what is far away must be compared finely, they are not.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 import jax
@@ -87,6 +88,19 @@ class UNet(nn.Module):
         return nn.Dense(self.num_classes, name="head")(x[:, : size[0], : size[1], : size[2]])
 
 
+def optimiser(smoke: bool) -> Optim:
+    """Return the optimiser of a run."""
+    return Optim(
+        learning_rate=6e-3,
+        warmup_steps=2 if smoke else 50,
+        weight_decay=0.0,
+        b2=0.99,
+        # All that comes before is normed, so the head must grow to say how rare the organs are; tables of offsets
+        # begin near zero too.
+        rates=(("(^head/|/relative_position_bias_table$)", 5.0),),
+    )
+
+
 def config(smoke: bool = False) -> Config:
     """Return the run; the small one shows in a minute that everything works."""
     train, test = (8, 4) if smoke else (3000, 100)
@@ -112,15 +126,7 @@ def config(smoke: bool = False) -> Config:
         steps=4 if smoke else 3000,
         batch_size=4,
         eval_batch_size=4,
-        optim=Optim(
-            learning_rate=6e-3,
-            warmup_steps=2 if smoke else 50,
-            weight_decay=0.0,
-            b2=0.99,
-            # All that comes before is normed, so the head must grow to say how rare the organs are; tables of offsets
-            # begin near zero too.
-            rates=(("(^head/|/relative_position_bias_table$)", 5.0),),
-        ),
+        optim=optimiser(smoke),
         ema_decay=0.995,
         log_every=2 if smoke else 100,
         eval_every=None,
@@ -140,9 +146,14 @@ def config(smoke: bool = False) -> Config:
 
 def volumes(count: int, *, seed: int, size: tuple[int, int, int] = SIZE) -> Source:
     """Return simulated volumes as records {"image": float32 [*size, 1], "label": int32 [*size]}."""
+    return drawn(functools.partial(volume, size=size), count, seed)
+
+
+def drawn(draw: Callable[[np.random.Generator], tuple[np.ndarray, np.ndarray]], count: int, seed: int) -> Source:
+    """Return a source of so many images and labels, drawn one after the other."""
     rng = np.random.default_rng(seed)
-    drawn = [volume(rng, size) for _ in range(count)]
-    return arrays(image=np.stack([image for image, _ in drawn]), label=np.stack([label for _, label in drawn]))
+    images, labels = zip(*(draw(rng) for _ in range(count)), strict=True)
+    return arrays(image=np.stack(images), label=np.stack(labels))
 
 
 def volume(rng: np.random.Generator, size: tuple[int, int, int] = SIZE) -> tuple[np.ndarray, np.ndarray]:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import swin_unetr_changes
 from configs import swin_unetr_volumes as task
 from tools import volumes_table
 
@@ -55,7 +56,8 @@ def test_only_the_mark_tells_the_organs_apart():
     assert 0.25 < np.mean(mean) < 0.75
 
 
-def test_the_networks_have_equally_many_parameters():
+@pytest.mark.parametrize("task", [task, swin_unetr_changes], ids=["volumes", "changes"])
+def test_the_networks_have_equally_many_parameters(task):
     config = task.config()
     x = jax.ShapeDtypeStruct((1, *task.SIZE, 1), jnp.float32)
     sizes = [
